@@ -1,0 +1,88 @@
+//! `belljar doctor`: everything this machine must have, found or missing, and the command that mends it.
+
+use std::process::ExitCode;
+
+use belljar_runtime::gvisor::release;
+use belljar_runtime::host::{self, Finding, Status};
+use belljar_runtime::network::NetworkManager;
+use clap::Args;
+use serde_json::json;
+
+use super::output;
+use crate::config::Config;
+use crate::state_dir::StateDir;
+
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Exits with failure if anything is missing that sandboxes can't run without.
+pub(super) async fn doctor(config: &Config, args: &DoctorArgs) -> anyhow::Result<ExitCode> {
+    let mut findings = host::check();
+    let _ = NetworkManager::check_host;
+    findings.push(engine(config));
+    findings.push(template(config).await);
+    let engine_choice = host::engine_choice();
+    let ready = findings.iter().all(|finding| finding.status != Status::Missing);
+    if args.json {
+        output::json(&json!({"ready": ready, "engine": engine_choice, "findings": findings}))?;
+    } else {
+        for finding in &findings {
+            print(finding);
+        }
+        println!("\nEngine: {engine_choice}.");
+        println!("{}", if ready { "This machine is ready." } else { "This machine is not ready yet." });
+    }
+    Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print(finding: &Finding) {
+    let mark = match finding.status {
+        Status::Met => "ok      ",
+        Status::Advice => "advice  ",
+        Status::Missing => "MISSING ",
+    };
+    println!("  {mark} {}", finding.what);
+    if let Some(remedy) = &finding.remedy {
+        println!("           → {remedy}");
+    }
+}
+
+fn engine(config: &Config) -> Finding {
+    let configured = &config.engine.runsc;
+    if !configured.as_os_str().is_empty() {
+        return if configured.is_file() {
+            Finding::met(format!("runsc is configured to be {}", configured.display()))
+        } else {
+            Finding::missing(
+                format!("runsc is configured to be {}, which is not a file", configured.display()),
+                "correct `engine.runsc`, or leave it out to have the pinned release fetched",
+            )
+        };
+    }
+    match release::present(&config.state_dir.join("engine")) {
+        Some(path) => Finding::met(format!("runsc is fetched and verified: {}", path.display())),
+        None => Finding::advice("runsc is not fetched yet", "`belljar up` fetches and verifies it"),
+    }
+}
+
+async fn template(config: &Config) -> Finding {
+    let none = || Finding::advice("no template is built yet", "belljar template build base");
+    if !config.state_dir.join("belljar.db").is_file() {
+        return none();
+    }
+    let names = async {
+        let state = StateDir::open(&config.state_dir)?;
+        let store = belljar_store::Store::open(&state.database()).await?;
+        let names: Vec<String> = store.templates().await?.into_iter().map(|template| template.name).collect();
+        anyhow::Ok(names)
+    };
+    match names.await {
+        Ok(names) if names.is_empty() => none(),
+        Ok(names) => Finding::met(format!("templates are built: {}", names.join(", "))),
+        Err(error) => Finding::advice(format!("the templates can't be looked at: {error}"), "sudo belljar doctor"),
+    }
+}
