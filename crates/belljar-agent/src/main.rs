@@ -16,6 +16,7 @@ mod process;
 mod routes;
 mod server;
 mod state;
+mod sudo;
 mod system;
 mod users;
 
@@ -34,12 +35,13 @@ use crate::state::Sandbox;
 const USAGE: &str = "\
 The init of a belljar sandbox: runs commands and serves files to E2B's SDKs.
 
-Usage: belljar-agent [--listen ADDRESS:PORT] [--nameserver ADDRESS] [--processes COUNT]
+Usage: belljar-agent [--listen ADDRESS:PORT] [--nameserver ADDRESS] [--processes COUNT] [--sudo]
 
 Options:
   --listen ADDRESS:PORT  where to listen [default: 0.0.0.0:49983]
   --nameserver ADDRESS   set up the system first: /proc, hosts, host name, and this resolver
   --processes COUNT      how many processes and threads all commands together may have, root's too
+  --sudo                 run sudo for the user whom the template entitles, on engines that ignore set-user-ID bits
   --version              print the agent's version and the envd version it answers to
   --help                 print this
 ";
@@ -61,9 +63,13 @@ struct Options {
     listen: SocketAddr,
     nameserver: Option<IpAddr>,
     processes: Option<u32>,
+    sudo: bool,
 }
 
 fn main() -> ExitCode {
+    if sudo::is_client(std::env::args_os().next().as_deref()) {
+        return sudo::run_client();
+    }
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -99,14 +105,14 @@ fn run() -> anyhow::Result<()> {
         .thread_stack_size(THREAD_STACK_BYTES)
         .build()
         .context("could not start the runtime")?;
-    let served = runtime.block_on(serve(options.listen, limit, open_files));
+    let served = runtime.block_on(serve(options, limit, open_files));
     // A file operation that hangs must not hold up the end.
     runtime.shutdown_background();
     served
 }
 
 async fn serve(
-    listen: SocketAddr,
+    options: Options,
     limit: Option<ProcessLimit>,
     open_files: rustix::process::Rlimit,
 ) -> anyhow::Result<()> {
@@ -115,10 +121,12 @@ async fn serve(
     let sandbox = Sandbox::new();
     let children = Children::start(limit).context("could not start the thread for child processes")?;
     let processes = ProcessService::new(sandbox.clone(), children.clone(), open_files);
-    let filesystem = FilesystemService::new(sandbox.clone(), children);
+    let filesystem = FilesystemService::new(sandbox.clone(), children.clone());
+    let sudo = if options.sudo { start_sudo(&sandbox, children, open_files) } else { None };
     let router = routes::router(sandbox, processes.clone(), filesystem);
 
-    let listener = TcpListener::bind(listen).await.with_context(|| format!("could not listen on {listen}"))?;
+    let listener = TcpListener::bind(options.listen).await;
+    let listener = listener.with_context(|| format!("could not listen on {}", options.listen))?;
     tracing::info!(address = %listener.local_addr()?, envd_version = ENVD_VERSION, "listening");
     tokio::select! {
         never = server::serve(listener, router) => match never {},
@@ -126,12 +134,24 @@ async fn serve(
         _ = interrupt.recv() => {}
     }
     processes.kill_all().await;
+    if let Some(sudo) = sudo {
+        sudo.kill_all().await;
+    }
     Ok(())
+}
+
+/// A sandbox is of use without it, so that a failure is only worth a line.
+fn start_sudo(sandbox: &Sandbox, children: Children, open_files: rustix::process::Rlimit) -> Option<sudo::Broker> {
+    let started = sudo::Broker::start(children, sandbox.users.clone(), open_files);
+    started.unwrap_or_else(|error| {
+        tracing::error!("sudo will not work: {:#}", anyhow::Error::from(error));
+        None
+    })
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Invocation> {
     let listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, ENVD_PORT));
-    let mut options = Options { listen, nameserver: None, processes: None };
+    let mut options = Options { listen, nameserver: None, processes: None, sudo: false };
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--listen" => {
@@ -146,6 +166,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Invocati
                 let count = arguments.next().context("--processes needs a COUNT")?;
                 options.processes = Some(count.parse().with_context(|| format!("'{count}' is not a COUNT"))?);
             }
+            "--sudo" => options.sudo = true,
             "--version" => {
                 let version = env!("CARGO_PKG_VERSION");
                 return Ok(Invocation::Print(format!("belljar-agent {version} (envd {ENVD_VERSION})\n")));
@@ -170,13 +191,14 @@ mod tests {
         let default = "0.0.0.0:49983".parse().expect("an address");
         assert_eq!(
             parsed(&[]).expect("valid"),
-            Invocation::Run(Options { listen: default, nameserver: None, processes: None })
+            Invocation::Run(Options { listen: default, nameserver: None, processes: None, sudo: false })
         );
         let given = "127.0.0.1:0".parse().expect("an address");
         let resolver = "10.0.0.1".parse().expect("an address");
         assert_eq!(
-            parsed(&["--listen", "127.0.0.1:0", "--nameserver", "10.0.0.1", "--processes", "7"]).expect("valid"),
-            Invocation::Run(Options { listen: given, nameserver: Some(resolver), processes: Some(7) })
+            parsed(&["--listen", "127.0.0.1:0", "--nameserver", "10.0.0.1", "--processes", "7", "--sudo"])
+                .expect("valid"),
+            Invocation::Run(Options { listen: given, nameserver: Some(resolver), processes: Some(7), sudo: true })
         );
         assert!(matches!(parsed(&["--version"]), Ok(Invocation::Print(text)) if text.contains(ENVD_VERSION)));
         for wrong in [

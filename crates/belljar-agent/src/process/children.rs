@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::exit::Exit;
 use super::limit::ProcessLimit;
-use super::tree;
+use super::tree::{self, Whom};
 
 /// Requests that may wait for the thread; each takes a few milliseconds at most.
 const QUEUE: usize = 64;
@@ -49,6 +49,12 @@ enum Request {
     },
     KillTree {
         leader: Pid,
+        reply: oneshot::Sender<()>,
+    },
+    Signal {
+        leader: Pid,
+        whom: Whom,
+        signal: Signal,
         reply: oneshot::Sender<()>,
     },
     /// Some child changed its state.
@@ -100,6 +106,11 @@ impl Children {
         self.ask(|reply| Request::KillTree { leader, reply }).await
     }
 
+    /// Any signal, as long as the leader lives.
+    pub(crate) async fn signal(&self, leader: Pid, whom: Whom, signal: Signal) -> io::Result<()> {
+        self.ask(|reply| Request::Signal { leader, whom, signal, reply }).await
+    }
+
     async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> io::Result<T> {
         let gone = || io::Error::other("the thread that owns the child processes is gone");
         let (reply, answer) = oneshot::channel();
@@ -128,6 +139,12 @@ impl Parent {
                 }
                 Request::KillTree { leader, reply } => {
                     tree::kill(leader);
+                    let _ = reply.send(());
+                }
+                Request::Signal { leader, whom, signal, reply } => {
+                    if self.waiting.contains_key(&leader) {
+                        tree::signal(leader, whom, signal);
+                    }
                     let _ = reply.send(());
                 }
                 Request::Reap => self.reap(),

@@ -39,5 +39,7 @@ mod table;
 mod tree;
 
 pub(crate) use children::Children;
+pub(crate) use exit::Exit;
 pub(crate) use limit::ProcessLimit;
 pub(crate) use service::ProcessService;
+pub(crate) use tree::Whom;

@@ -32,6 +32,30 @@ pub(super) fn kill(leader: Pid) {
     }
 }
 
+/// Whom of a command a signal is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Whom {
+    Leader,
+    /// The leader's process group without the leader; the leader if it is alone.
+    Followers,
+    /// The leader and everything it started.
+    Everyone,
+}
+
+/// Sends a signal to those who are there at the moment.
+pub(super) fn signal(leader: Pid, whom: Whom, signal: Signal) {
+    let number = leader.as_raw_nonzero().get();
+    let recipients = match whom {
+        Whom::Leader => vec![number],
+        Whom::Followers => followers(number, &scan()),
+        Whom::Everyone => members(number, &scan()),
+    };
+    for pid in recipients.into_iter().filter_map(Pid::from_raw) {
+        // Ended in the meantime, then.
+        let _ = kill_process(pid, signal);
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Entry {
     pid: i32,
@@ -64,6 +88,12 @@ fn parse(stat: &str) -> Option<Entry> {
         group: fields.next()?.parse().ok()?,
         session: fields.next()?.parse().ok()?,
     })
+}
+
+fn followers(leader: i32, all: &[Entry]) -> Vec<i32> {
+    let found: Vec<i32> =
+        all.iter().filter(|entry| entry.group == leader && entry.pid != leader).map(|entry| entry.pid).collect();
+    if found.is_empty() { vec![leader] } else { found }
 }
 
 /// The leader, its session and group, and the descendants of any of them.
@@ -106,6 +136,13 @@ mod tests {
         let mut members = members(10, &all);
         members.sort_unstable();
         assert_eq!(members, [10, 11, 12, 13, 14]);
+    }
+
+    #[test]
+    fn a_leader_without_followers_is_its_own() {
+        let all = [entry(10, 1, 10, 10), entry(11, 10, 10, 10), entry(12, 10, 12, 10), entry(20, 1, 20, 20)];
+        assert_eq!(followers(10, &all), [11]);
+        assert_eq!(followers(20, &all), [20]);
     }
 
     #[test]

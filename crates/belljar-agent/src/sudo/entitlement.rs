@@ -17,10 +17,15 @@ pub(super) fn entitled_user() -> io::Result<Option<String>> {
 
 fn read(path: &Path) -> io::Result<Option<String>> {
     match fs::read_to_string(path) {
-        Ok(sudoers) => Ok(sudoers.lines().find_map(|line| line.strip_suffix(RULE)).map(str::to_owned)),
+        Ok(sudoers) => Ok(sudoers.lines().filter_map(|line| line.strip_suffix(RULE)).find(is_user).map(str::to_owned)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Not a comment, a group, or an alias that stands for others.
+fn is_user(name: &&str) -> bool {
+    name.starts_with(|first: char| first.is_ascii_lowercase() || first == '_') && !name.contains([' ', ','])
 }
 
 #[cfg(test)]
@@ -36,6 +41,7 @@ mod tests {
             ("Defaults env_keep += \"LANG\"\nuser ALL=(ALL:ALL) NOPASSWD: ALL\n", Some("user")),
             ("user ALL=(ALL:ALL) ALL\n", None),
             ("user ALL=(ALL:ALL) NOPASSWD: /usr/bin/id\n", None),
+            ("# user ALL=(ALL:ALL) NOPASSWD: ALL\n%user ALL=(ALL:ALL) NOPASSWD: ALL\n", None),
             ("", None),
         ] {
             fs::write(&path, sudoers).expect("written");

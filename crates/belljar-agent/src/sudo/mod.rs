@@ -28,7 +28,8 @@
 //!   leaves it running when killed by SIGKILL.)
 //! - sudoers is asked about root, since root is who starts it: rules that restrict the entitled user do not hold.
 //! - Other users that sudoers entitles are refused.
-//! - Ctrl-Z does not suspend a command that runs in a terminal; `kill -TSTP` of the client does.
+//! - A command in a terminal can't be suspended as a whole: Ctrl-Z is for what runs inside, such as a shell's jobs.
+//!   Nor does SIGINT, SIGQUIT or SIGTSTP reach it by `kill` of the client; only the keys do.
 //! - `sudo -e` has no `SUDO_USER`, which the real `sudo` does not let anyone set there.
 
 mod arguments;
@@ -48,3 +49,9 @@ const SOCKET: &str = "/run/belljar/sudo.sock";
 
 /// Debian's `sudo`, which the template moved aside.
 const REAL_SUDO: &str = "/usr/bin/sudo.distrib";
+
+/// The system's own words, without the number that Rust adds.
+fn errno_text(error: &std::io::Error) -> String {
+    let text = |number| nix::errno::Errno::from_raw(number).desc().to_owned();
+    error.raw_os_error().map_or_else(|| error.to_string(), text)
+}

@@ -102,14 +102,14 @@ fn variable(bytes: &[u8]) -> Option<(OsString, OsString)> {
 
 /// The signals that the client passes on, and whom they are for.
 ///
-/// `sudo` relays to its command what it is sent, but expects of a terminal's signals that the command has them already.
-/// So those go to everybody but `sudo`.
+/// `sudo` relays to its command, and to that alone, what it is sent. What usually goes to a whole process group, by a
+/// terminal or by the agent, goes to everybody but `sudo` here; nobody gets it twice.
 const RELAYED: [(Signal, Whom); 10] = [
     (Signal::HUP, Whom::Leader),
-    (Signal::TERM, Whom::Leader),
     (Signal::ALARM, Whom::Leader),
     (Signal::USR1, Whom::Leader),
     (Signal::USR2, Whom::Leader),
+    (Signal::TERM, Whom::Followers),
     (Signal::INT, Whom::Followers),
     (Signal::QUIT, Whom::Followers),
     (Signal::WINCH, Whom::Followers),
@@ -226,7 +226,7 @@ mod tests {
 
     #[test]
     fn only_what_a_client_relays_is_sent() {
-        assert_eq!(relayed(15), Some((Signal::TERM, Whom::Leader)));
+        assert_eq!(relayed(15), Some((Signal::TERM, Whom::Followers)));
         assert_eq!(relayed(20), Some((Signal::STOP, Whom::Everyone)));
         for byte in [0, 9, 17, 19, 255] {
             assert_eq!(relayed(byte), None, "{byte}");

@@ -63,7 +63,7 @@ impl Agent {
         Some(agent)
     }
 
-    fn run(mut command: Command, directory: tempfile::TempDir) -> Option<Self> {
+    pub(crate) fn run(mut command: Command, directory: tempfile::TempDir) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: this test needs root, as the agent does");
             return None;
