@@ -143,7 +143,8 @@ fn cgroups() -> Finding {
         Ok(hierarchy) => Finding::met(format!("cgroups with cpu, memory and pids controllers: {hierarchy}")),
         Err(error) => Finding::missing(
             format!("cgroups can't be used: {error}"),
-            "boot with systemd's defaults, or mount cgroup2 at /sys/fs/cgroup with the cpu, memory and pids controllers",
+            "boot with systemd's defaults, or mount cgroup2 at /sys/fs/cgroup with the cpu, memory and pids \
+             controllers",
         ),
     }
 }

@@ -6,6 +6,7 @@ pub mod gvisor;
 mod gvisor_runtime;
 pub mod host;
 pub mod image;
+mod instance_lock;
 pub mod network;
 mod runtime;
 

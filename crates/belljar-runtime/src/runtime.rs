@@ -25,8 +25,8 @@ pub struct SandboxSpec {
 
 /// Makes, finds and removes sandboxes on this host.
 ///
-/// Every call may be cut short by a crash. Whatever then exists under the sandbox's id is found by [`Runtime::owned`] and
-/// removed by [`Runtime::destroy`].
+/// Every call may be cut short by a crash. Whatever then exists under the sandbox's id is found by [`Runtime::owned`]
+/// and removed by [`Runtime::destroy`].
 #[async_trait]
 pub trait Runtime: Send + Sync + fmt::Debug {
     /// Makes a sandbox whose agent accepts connections.

@@ -7,14 +7,17 @@ mod gvisor_world;
 
 use std::fs;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use belljar_core::id::SandboxId;
 use belljar_core::limits::Resources;
 use belljar_runtime::gvisor::{ExitReason, LaunchError};
+use belljar_runtime::network::{InstanceName, NetworkConfig};
+use belljar_runtime::{GvisorRuntime, GvisorSettings};
 use gvisor_world::{Guest, PATIENCE, Place, SMALL, World};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
@@ -53,7 +56,8 @@ async fn the_guest_sees_its_own_machine() {
         grep CapBnd /proc/self/status > /www/capabilities
         cat /.belljar/greeting > /www/greeting
         (echo x > /.belljar/greeting) 2> /dev/null; echo $? > /www/overwrite
-        echo '10.0.0.1 other' | tee -a /etc/hosts > /dev/null; sed -i s/other/another/ /etc/hosts; cp /etc/hosts /www/hosts
+        echo '10.0.0.1 other' | tee -a /etc/hosts > /dev/null
+        sed -i s/other/another/ /etc/hosts; cp /etc/hosts /www/hosts
         su user -c 'id -u; su root -c id\ -u 2> /dev/null' | tr '\n' ' ' > /www/users
         cp /bin/busybox /usr/busybox; /usr/busybox echo runs > /www/program
         umount /tmp; df /tmp | tail -1 > /www/tmp
@@ -92,7 +96,7 @@ async fn two_cpus_are_two() {
     assert_eq!(guest.read("cpus"), 2.min(host).to_string());
 }
 
-/// The sentry's capabilities are over its own user namespace, and it can't see the host's files.
+/// The sentry has root's user id, but capabilities over its own user namespace only; and it can't see the host's files.
 #[tokio::test]
 async fn the_sentry_is_confined_on_the_host() {
     let Some(world) = World::open() else { return };
@@ -106,6 +110,7 @@ async fn the_sentry_is_confined_on_the_host() {
     assert!(!mounts.contains(" ext4 "), "no disk of the host is mounted there: {mounts}");
     let status = fs::read_to_string(sentry.join("status")).expect("readable");
     assert!(status.lines().any(|line| line == "Seccomp:\t2"), "{status}");
+    assert!(status.lines().any(|line| line == "Uid:\t0\t0\t0\t0"), "root's number, without root's power: {status}");
     assert_eq!(fs::read_to_string(sentry.join("oom_score_adj")).expect("readable").trim(), "500");
     let session = fs::read_to_string(sentry.join("stat")).expect("readable");
     let session = session.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(3)).expect("a session").to_owned();
@@ -182,15 +187,17 @@ async fn a_full_disk_is_an_error_and_not_the_end() {
     let Some(world) = World::open() else { return };
     let script = "
         complaint=$(dd if=/dev/zero of=/fill bs=1M 2>&1); size=$(ls -l /fill); rm /fill
-        echo $complaint > /www/complaint; echo $size > /www/size; dd if=/dev/zero of=/again bs=1M count=100 2> /dev/null; echo $? > /www/again";
+        echo $complaint > /www/complaint; echo $size > /www/size
+        dd if=/dev/zero of=/again bs=1M count=100 2> /dev/null; echo $? > /www/again";
     // More disk than memory: what waits to be written must not count as the guest's memory for good.
     let guest = world.start(Resources { vcpus: 1, memory_mib: 128, disk_mib: 512, processes: 64 }, script).await;
     assert_eq!(guest.read("again"), "0");
     assert!(guest.read("complaint").contains("No space left on device"), "{}", guest.read("complaint"));
     let size: u64 = guest.read("size").split_whitespace().nth(4).and_then(|size| size.parse().ok()).expect("a size");
     assert!((480 << 20..=512 << 20).contains(&size), "{size} bytes fit on 512 MiB");
-    let usage = guest.disk.usage().expect("measured");
-    assert!(usage.used_bytes < 200 << 20, "what was deleted is free again: {usage:?}");
+    let figures = nix::sys::statvfs::statvfs(guest.disk.mount_point()).expect("measured");
+    let used_bytes = (figures.blocks() - figures.blocks_free()) * figures.fragment_size();
+    assert!(used_bytes < 200 << 20, "what was deleted is free again: {used_bytes}");
 }
 
 #[tokio::test]
@@ -200,7 +207,6 @@ async fn a_restarted_server_finds_its_sandbox() {
     let later = world.restarted_engine();
     let adopted = later.adopt(guest.id()).expect("read").expect("it runs");
     assert_eq!(adopted.sentry(), guest.running.sentry());
-    assert!(adopted.usage().expect("counted").memory_bytes > 0);
     assert!(world.disks.adopt(guest.id()).expect("read").is_some());
     assert_eq!(later.adopt(&SandboxId::generate()).expect("read").map(|found| found.id().clone()), None);
 
@@ -210,6 +216,36 @@ async fn a_restarted_server_finds_its_sandbox() {
     assert!(later.adopt(guest.id()).expect("read").is_none(), "a dead one is not adopted");
     later.destroy(guest.id()).await.expect("destroyed");
     assert_eq!(later.list_owned().expect("listed"), Default::default());
+}
+
+/// A second server of the name would end the first one's sandboxes as leftovers.
+#[test]
+fn an_instance_has_one_server_at_a_time_and_leaves_nothing_when_uninstalled() {
+    let Some(world) = World::open() else { return };
+    let instance = format!("t{}", std::process::id());
+    let settings = |state: &str| GvisorSettings {
+        runsc: gvisor_world::runsc().expect("found before"),
+        runsc_flags: Vec::new(),
+        network: NetworkConfig::new(InstanceName::new(&instance).expect("a name")),
+        state_dir: world.place().directory.join(state),
+        agent: b"an agent",
+    };
+    let runtimes = async || {
+        let first = GvisorRuntime::start(settings("first")).await.expect("started");
+        let refused = GvisorRuntime::start(settings("second")).await.expect_err("the name is taken");
+        assert!(refused.source.to_string().contains(&format!("runs as instance {instance}")), "{refused:?}");
+        assert!(!settings("second").state_dir.exists(), "nothing else was touched");
+        first.uninstall().await.expect("uninstalled");
+        assert!(!Path::new("/run/belljar").join(&instance).exists());
+    };
+    std::thread::scope(|scope| {
+        // In a network of its own, since a server changes the host's.
+        scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).expect("a network");
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(runtimes());
+        });
+    });
 }
 
 #[tokio::test]
@@ -231,8 +267,11 @@ async fn a_recycled_process_id_is_not_adopted() {
 #[tokio::test]
 async fn the_end_of_init_is_the_end() {
     let Some(world) = World::open() else { return };
-    let guest = world.start(SMALL, "sleep 1; exit 3").await;
+    let guest = world.start(SMALL, "sleep 1; yes filler | head -n 1000; echo last words; exit 3").await;
     assert_eq!(exit_reason(&guest).await, ExitReason::Ended);
+    let console = guest.running.end_of_console();
+    assert!(console.ends_with("filler\nlast words\n"), "{console:?}");
+    assert!(console.len() <= 2048, "{}", console.len());
     world.destroy(guest.id()).await;
     assert_eq!(world.leftovers(), Vec::<String>::new());
 }
@@ -379,15 +418,15 @@ async fn figures() {
             .map(str::to_owned)
             .into();
         let start = Instant::now();
-        let running = world.engine.launch(&spec).await.expect("launched");
+        world.engine.launch(&spec).await.expect("launched");
         launch.push(start.elapsed());
-        cpu_time.push(running.usage().expect("counted").cpu_time);
+        cpu_time.push(world.usage(&id).cpu_time);
         while !cable.get("done").is_ok_and(|text| text.is_some()) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         first_answer.push(start.elapsed());
         tokio::time::sleep(Duration::from_millis(200)).await;
-        memory.push(running.usage().expect("counted").memory_bytes >> 10);
+        memory.push(world.usage(&id).memory_bytes >> 10);
 
         let start = Instant::now();
         world.destroy(&id).await;

@@ -18,24 +18,27 @@ pub use sandbox::{Command, Exit, SandboxClient, Stream};
 /// Answers are small; one that isn't comes from something that is no belljar server.
 const ANSWER_BYTES: usize = 16 * 1024 * 1024;
 
+/// An error of somebody else's making, carried along.
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
 /// A call that did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     #[error("`{0}` is not an http:// address")]
     Address(String),
     #[error("{url} can't be reached; is the server running?")]
-    Unreachable { url: Uri, source: hyper_util::client::legacy::Error },
+    Unreachable { url: Box<Uri>, source: BoxError },
     #[error("the connection broke")]
-    Broken(#[source] Box<dyn std::error::Error + Send + Sync>),
+    Broken(#[source] BoxError),
     #[error("{message} ({status})")]
     Refused { status: StatusCode, message: String },
     #[error("the server's answer can't be understood")]
     Answer(#[source] serde_json::Error),
     #[error("the request can't be sent")]
     Request(#[source] http::Error),
-    /// The agent refused a command, or the stream broke off.
-    #[error("{0}")]
-    Command(#[source] connectrpc::ConnectError),
+    /// The agent refused a command, or the stream broke off, as it does when the sandbox ends.
+    #[error("the command was refused or cut off")]
+    Command(#[source] Box<connectrpc::ConnectError>),
     #[error("the command's stream ended without its exit code")]
     NoExitCode,
 }
@@ -54,8 +57,9 @@ fn parse_address(text: &str) -> Result<Uri, ClientError> {
 
 /// Sends a request and returns its body if it succeeded, else the message in E2B's error body.
 async fn exchange(http: &Http, request: Request<Full<Bytes>>) -> Result<Bytes, ClientError> {
-    let url = request.uri().clone();
-    let response = http.request(request).await.map_err(|source| ClientError::Unreachable { url, source })?;
+    let url = Box::new(request.uri().clone());
+    let response =
+        http.request(request).await.map_err(|error| ClientError::Unreachable { url, source: error.into() })?;
     let (parts, body) = Response::into_parts(response);
     let bytes = Limited::new(body, ANSWER_BYTES).collect().await.map_err(ClientError::Broken)?.to_bytes();
     if parts.status.is_success() {

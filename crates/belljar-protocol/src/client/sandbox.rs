@@ -81,16 +81,15 @@ impl SandboxClient {
                 args: command.arguments.clone(),
                 envs: command.env.clone().into_iter().collect(),
                 cwd: command.cwd.clone(),
-                ..ProcessConfig::default()
             }
             .into(),
             stdin: Some(false),
             ..StartRequest::default()
         };
         let process = ProcessClient::new(HttpClient::plaintext(), config);
-        let mut events = process.start(request).await.map_err(ClientError::Command)?;
+        let mut events = process.start(request).await.map_err(cut_off)?;
         let mut exit = None;
-        while let Some(message) = events.message().await.map_err(ClientError::Command)? {
+        while let Some(message) = events.message().await.map_err(cut_off)? {
             match &message.to_owned_message().event.event {
                 Some(Event::Data(data)) => match &data.output {
                     Some(Output::Stdout(bytes)) => output(Stream::Stdout, bytes),
@@ -117,6 +116,10 @@ impl SandboxClient {
         request.headers_mut().extend(self.headers.clone());
         exchange(&self.http, request).await.map(drop)
     }
+}
+
+fn cut_off(error: connectrpc::ConnectError) -> ClientError {
+    ClientError::Command(Box::new(error))
 }
 
 /// The agent takes the user from here, as E2B's does; it has no password.

@@ -1,13 +1,13 @@
-//! Control groups: what bounds a sandbox on the host, counts what it used, and holds all its processes together, so that
-//! ending a sandbox means ending everything in its group.
+//! Control groups: what bounds a sandbox on the host, counts what it used, and holds all its processes together, so
+//! that ending a sandbox means ending everything in its group.
 //!
 //! ```text
 //! <hierarchy>/belljar-<instance>/<sandbox id>      the sentry, the gofer and all that they start
 //! ```
 //!
-//! belljar makes the groups itself and hands runsc a finished one, which runsc then leaves alone. A process joins before it
-//! becomes runsc, so not even a half-started sandbox has a process outside. [`Hierarchy`] tells which version of cgroups the
-//! host has; above [`Cgroup`] nobody needs to know.
+//! belljar makes the groups itself and hands runsc a finished one, which runsc then leaves alone. A process joins
+//! before it becomes runsc, so not even a half-started sandbox has a process outside. [`Hierarchy`] tells which version
+//! of cgroups the host has; above [`Cgroup`] nobody needs to know.
 
 mod cpus;
 mod files;
@@ -183,8 +183,8 @@ impl CgroupTree {
         }
     }
 
-    /// The path that `linux.cgroupsPath` of runsc's configuration takes, and, under version 2, the directory that runsc has
-    /// to see as the top of the hierarchy: it would otherwise switch on controllers for groups that aren't ours.
+    /// The path that `linux.cgroupsPath` of runsc's configuration takes, and, under version 2, the directory that runsc
+    /// has to see as the top of the hierarchy: it would otherwise switch on controllers for groups that aren't ours.
     pub(crate) fn view_for_runsc(&self, id: &SandboxId) -> RunscView {
         match &self.hierarchy {
             Hierarchy::V1(_) => RunscView { path: Path::new("/").join(&self.parent).join(id.as_str()), top: None },
@@ -300,8 +300,9 @@ impl Cgroup {
                 group.kill()?;
             }
             for process in processes {
-                // One that has ended meanwhile is what was wanted; one that can't be killed stays in the list. That its id
-                // is taken by another process in the microseconds since is not to be expected: ids are given out in turn.
+                // One that has ended meanwhile is what was wanted; one that can't be killed stays in the list. That its
+                // id is taken by another process in the microseconds since is not to be expected: ids are given out in
+                // turn.
                 let _ = kill(Pid::from_raw(process), Signal::SIGKILL);
             }
             tokio::time::sleep(END_RETRY).await;

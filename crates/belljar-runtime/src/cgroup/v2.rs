@@ -1,8 +1,8 @@
 //! One sandbox's cgroup under version 2, and what has to be so above it.
 //!
-//! A controller reaches a group only if every group above names it in `cgroup.subtree_control`, and a group that does so may
-//! hold no processes itself (the true root is exempt). Where the server stands in the way, as the process of a systemd
-//! service with a delegated subtree does, it moves into a leaf of its own.
+//! A controller reaches a group only if every group above names it in `cgroup.subtree_control`, and a group that does
+//! so may hold no processes itself (the true root is exempt). Where the server stands in the way, as the process of a
+//! systemd service with a delegated subtree does, it moves into a leaf of its own.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -56,8 +56,8 @@ fn hand_down(directory: &Path) -> Result<(), CgroupError> {
     }
 }
 
-/// Moves the processes of a group into a leaf below it, but only if this process is one of them: other groups are not ours
-/// to rearrange.
+/// Moves the processes of a group into a leaf below it, but only if this process is one of them: other groups are not
+/// ours to rearrange.
 fn make_room(directory: &Path) -> Result<(), CgroupError> {
     let processes = files::read_processes(directory)?;
     let own = i32::try_from(std::process::id()).expect("process ids fit the kernel's type");

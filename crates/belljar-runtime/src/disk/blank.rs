@@ -15,8 +15,8 @@ use super::DiskError;
 /// Part of a blank's name, so that a change of [`FORMAT`] never meets an older blank.
 const FORMAT_VERSION: u32 = 1;
 
-/// Nothing on a scratch disk outlives its sandbox, so there is no journal, no checksum and no spare superblock. It holds a
-/// handful of files, so there are few inodes, which is what keeps a blank small.
+/// Nothing on a scratch disk outlives its sandbox, so there is no journal, no checksum and no spare superblock. It
+/// holds a handful of files, so there are few inodes, which is what keeps a blank small.
 const FORMAT: [&str; 10] = [
     "-b",
     "4096",

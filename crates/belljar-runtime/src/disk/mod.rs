@@ -23,7 +23,6 @@ use std::time::{Duration, Instant};
 use belljar_core::id::SandboxId;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::statvfs::statvfs;
 
 /// How long a disk may stay busy after its sandbox has ended: the kernel frees a big file store after its last process
 /// is gone.
@@ -63,13 +62,6 @@ pub struct ScratchDisks {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScratchDisk {
     mount_point: PathBuf,
-}
-
-/// How full a disk is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DiskUsage {
-    pub total_bytes: u64,
-    pub used_bytes: u64,
 }
 
 impl ScratchDisks {
@@ -143,19 +135,6 @@ impl ScratchDisk {
     #[must_use]
     pub fn mount_point(&self) -> &Path {
         &self.mount_point
-    }
-
-    /// How full the disk is.
-    ///
-    /// # Errors
-    /// If it is no longer mounted.
-    pub fn usage(&self) -> Result<DiskUsage, DiskError> {
-        let figures = statvfs(&self.mount_point).map_err(DiskError::at("measure a scratch disk"))?;
-        let unit = figures.fragment_size();
-        Ok(DiskUsage {
-            total_bytes: figures.blocks() * unit,
-            used_bytes: (figures.blocks() - figures.blocks_free()) * unit,
-        })
     }
 }
 

@@ -41,8 +41,8 @@ struct LoopConfig {
     reserved: [u64; 8],
 }
 
-/// A loop device with a file behind it. It lasts as long as this handle or a mount of it, whichever is later, so it can't be
-/// left behind, not even by a crash.
+/// A loop device with a file behind it. It lasts as long as this handle or a mount of it, whichever is later, so it
+/// can't be left behind, not even by a crash.
 #[derive(Debug)]
 pub(super) struct LoopDevice {
     /// Only held: closing it is what may free the device.
@@ -82,8 +82,8 @@ fn configure(device: &File, image: &File, block_size_bytes: u32) -> nix::Result<
             number: 0,
             encrypt_type: 0,
             encrypt_key_size: 0,
-            // Direct, or everything would be cached twice: 1 GiB written and synced took 1.2 s instead of 5.5 s. The kernel
-            // does without where the filesystem below can't.
+            // Direct, or everything would be cached twice: 1 GiB written and synced took 1.2 s instead of 5.5 s. The
+            // kernel does without where the filesystem below can't.
             flags: LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
             file_name: [0; 64],
             crypt_name: [0; 64],
@@ -92,8 +92,8 @@ fn configure(device: &File, image: &File, block_size_bytes: u32) -> nix::Result<
         },
         reserved: [0; 8],
     };
-    // SAFETY: LOOP_CONFIGURE reads one `struct loop_config`, which `LoopConfig` mirrors field by field (checked by a test
-    // of its size), and keeps no pointer to it. Both descriptors are open for the length of the call.
+    // SAFETY: LOOP_CONFIGURE reads one `struct loop_config`, which `LoopConfig` mirrors field by field (checked by a
+    // test of its size), and keeps no pointer to it. Both descriptors are open for the length of the call.
     Errno::result(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) }).map(drop)
 }
 

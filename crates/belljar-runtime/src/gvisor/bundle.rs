@@ -1,17 +1,16 @@
 //! The OCI configuration that runsc reads.
 //!
-//! The types are our own: belljar only ever writes this file, and writes a tenth of what the specification knows. Each field
-//! here is one we decided on.
+//! The types are our own: belljar only ever writes this file, and writes a tenth of what the specification knows. Each
+//! field here is one we decided on.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use super::LaunchSpec;
 
-/// What root may do in the guest: all that the sentry knows except `CAP_SYS_RESOURCE`, with which it could raise its limits.
-/// They are capabilities over the guest's own kernel; on the host the sentry's user namespace confines them.
+/// What root may do in the guest: all that the sentry knows except `CAP_SYS_RESOURCE`, with which it could raise its
+/// limits. They are capabilities over the guest's own kernel; what they are worth on the host says [`IDENTITY`].
 const ROOT_CAPABILITIES: [&str; 37] = [
     "CAP_AUDIT_CONTROL",
     "CAP_AUDIT_READ",
@@ -66,7 +65,6 @@ pub(super) struct Configuration<'a> {
     root: Root<'a>,
     hostname: &'a str,
     mounts: Vec<Mount<'a>>,
-    annotations: &'a BTreeMap<String, String>,
     linux: Linux<'a>,
 }
 
@@ -75,7 +73,6 @@ pub(super) struct Configuration<'a> {
 struct Process<'a> {
     user: User,
     args: &'a [String],
-    env: Vec<String>,
     cwd: &'static str,
     capabilities: Capabilities,
     rlimits: Vec<Rlimit>,
@@ -146,8 +143,10 @@ struct IdMapping {
     size: u32,
 }
 
-/// Every user is itself. The namespace is there for the capabilities: without it runsc would give the sentry, a process of
-/// the host, every capability that the guest's root has.
+/// Every user is itself, so on the host the sentry has user id 0: the files of root are its own, as far as the empty
+/// root directory that runsc puts it in lets it reach any. The namespace is there for the capabilities: runsc gives the
+/// sentry, a process of the host, those that the guest's root has, and this way they hold for what belongs to its own
+/// user namespace and for nothing else on the host.
 const IDENTITY: [IdMapping; 1] = [IdMapping { container_id: 0, host_id: 0, size: u32::MAX }];
 
 impl<'a> Configuration<'a> {
@@ -157,7 +156,6 @@ impl<'a> Configuration<'a> {
             process: Process {
                 user: User { uid: 0, gid: 0 },
                 args: &spec.init,
-                env: spec.env.iter().map(|(name, value)| format!("{name}={value}")).collect(),
                 cwd: "/",
                 capabilities: Capabilities {
                     bounding: &ROOT_CAPABILITIES,
@@ -175,7 +173,6 @@ impl<'a> Configuration<'a> {
             root: Root { path: &spec.rootfs, readonly: false },
             hostname: &spec.hostname,
             mounts: mounts(spec),
-            annotations: &spec.annotations,
             linux: Linux {
                 cgroups_path,
                 namespaces: namespaces(&spec.inner_netns),
@@ -238,8 +235,6 @@ mod tests {
             resources: Resources { vcpus: 1, memory_mib: 512, disk_mib: 1024, processes: 64 },
             init: vec!["/.belljar/agent".into()],
             mounts: vec![ReadOnlyMount { source: "/state/guest".into(), destination: "/.belljar".into() }],
-            env: [("PATH".to_owned(), "/bin".to_owned())].into(),
-            annotations: BTreeMap::new(),
         }
     }
 

@@ -1,5 +1,5 @@
-//! Why a sandbox ended, as far as the host can tell. The sentry is nobody's child once the server was restarted, so there is
-//! no exit status to ask for; what it leaves behind has to do.
+//! Why a sandbox ended, as far as the host can tell. The sentry is nobody's child once the server was restarted, so
+//! there is no exit status to ask for; what it leaves behind has to do.
 
 use std::fs::File;
 use std::io::Read;
@@ -35,7 +35,8 @@ pub(super) fn reason(usage: Option<Usage>, panic_log: &Path) -> ExitReason {
     }
 }
 
-/// The first line of the sentry's panic log, if it wrote any. A guest can provoke what is in it, so little of it is read.
+/// The first line of the sentry's panic log, if it wrote any. A guest can provoke what is in it, so little of it is
+/// read.
 fn last_words(panic_log: &Path) -> Option<String> {
     let mut bytes = Vec::new();
     File::open(panic_log).ok()?.take(LONGEST_MESSAGE_BYTES).read_to_end(&mut bytes).ok()?;

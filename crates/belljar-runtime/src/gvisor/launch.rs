@@ -15,7 +15,10 @@ use super::bundle::Configuration;
 use super::probe::{EngineInfo, ProbeError, SETUID_FLAG};
 use super::process::{Process, ProcessError};
 use super::sys::{self, Place};
-use super::{ExitReason, Gvisor, LaunchSpec, RECORD, Record, RunningSandbox, ending, make_private_directory};
+use super::{
+    CONSOLE_LOG, ExitReason, Gvisor, LaunchSpec, RECORD, Record, RunningSandbox, ending, log_tail,
+    make_private_directory, off_the_async_threads,
+};
 use crate::cgroup::{Cgroup, CgroupError};
 
 /// A sandbox could not be started.
@@ -57,7 +60,8 @@ impl From<ProcessError> for LaunchError {
     }
 }
 
-/// Host threads that one guest process can take: its stub, one thread per CPU that it runs on, and one for its system calls.
+/// Host threads that one guest process can take: its stub, one thread per CPU that it runs on, and one for its system
+/// calls.
 fn host_tasks_per_process(vcpus: u32) -> u64 {
     u64::from(vcpus) + 2
 }
@@ -69,8 +73,9 @@ const MIB: u64 = 1 << 20;
 
 const PID_FILE: &str = "sentry.pid";
 
-/// Everything that a sandbox's engine writes on its scratch disk. The quota of that disk also bounds what a guest can make
-/// the sentry log.
+/// Everything that a sandbox's engine writes on its scratch disk. The quota of that disk also bounds what a guest can
+/// make the sentry log.
+#[derive(Debug, Clone)]
 struct ScratchLayout {
     filestore: PathBuf,
     console: PathBuf,
@@ -83,17 +88,19 @@ impl ScratchLayout {
         let logs = scratch_dir.join("logs");
         Self {
             filestore: scratch_dir.join("files"),
-            console: logs.join("console.log"),
+            console: logs.join(CONSOLE_LOG),
             log: logs.join("runsc.log"),
             panic_log: logs.join("panic.log"),
         }
     }
 
-    fn create(&self) -> Result<(), LaunchError> {
+    /// Makes the directories and opens the console.
+    fn create(&self) -> Result<File, LaunchError> {
         for directory in [Some(self.filestore.as_path()), self.log.parent()].into_iter().flatten() {
             make_private_directory(directory).map_err(LaunchError::at("create", directory))?;
         }
-        Ok(())
+        let console = OpenOptions::new().append(true).create(true).open(&self.console);
+        console.map_err(LaunchError::at("open", &self.console))
     }
 }
 
@@ -101,14 +108,12 @@ pub(super) async fn launch(engine: &Gvisor, spec: &LaunchSpec) -> Result<Running
     let info = engine.probe().await.map_err(LaunchError::Probe)?;
     let directory = engine.directory(&spec.id);
     let scratch = ScratchLayout::new(&spec.scratch_dir);
-    make_private_directory(&directory).map_err(LaunchError::at("create", &directory))?;
-    scratch.create()?;
-    write_configuration(engine, spec, &directory)?;
+    let console = prepare_files(engine, spec, &directory, &scratch).await?;
 
     let cgroup = engine.cgroups.create(&spec.id).map_err(LaunchError::Cgroup)?;
     limit_to_what_the_guest_sees(engine, &cgroup, &spec.resources).map_err(LaunchError::Cgroup)?;
 
-    let mut command = command(engine, info, spec, &directory, &scratch)?;
+    let mut command = command(engine, info, spec, &directory, &scratch, console)?;
     sys::start_at(&mut command, place(engine, spec, &cgroup)?);
     run(engine, command, &scratch).await?;
 
@@ -122,12 +127,26 @@ pub(super) async fn launch(engine: &Gvisor, spec: &LaunchSpec) -> Result<Running
     Ok(RunningSandbox { id: spec.id.clone(), process, cgroup, panic_log: record.panic_log })
 }
 
-fn write_configuration(engine: &Gvisor, spec: &LaunchSpec, directory: &Path) -> Result<(), LaunchError> {
+/// Makes the directories, writes runsc's configuration, and opens the console.
+async fn prepare_files(
+    engine: &Gvisor,
+    spec: &LaunchSpec,
+    directory: &Path,
+    scratch: &ScratchLayout,
+) -> Result<File, LaunchError> {
     let path = directory.join("config.json");
     let configuration = Configuration::new(spec, engine.cgroups.view_for_runsc(&spec.id).path);
     let text = serde_json::to_vec(&configuration)
         .map_err(|error| LaunchError::at("serialize", &path)(io::Error::other(error)))?;
-    fs::write(&path, text).map_err(LaunchError::at("write", &path))
+    let prepare = {
+        let (directory, scratch) = (directory.to_owned(), scratch.clone());
+        move || {
+            make_private_directory(&directory).map_err(LaunchError::at("create", &directory))?;
+            fs::write(&path, text).map_err(LaunchError::at("write", &path))?;
+            scratch.create()
+        }
+    };
+    off_the_async_threads(prepare).await
 }
 
 /// runsc tells the guest as many CPUs as the cgroup has, and as much memory as its limit is.
@@ -154,12 +173,8 @@ fn command(
     spec: &LaunchSpec,
     directory: &Path,
     scratch: &ScratchLayout,
+    console: File,
 ) -> Result<Command, LaunchError> {
-    let console = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(&scratch.console)
-        .map_err(LaunchError::at("open", &scratch.console))?;
     let console_too = console.try_clone().map_err(LaunchError::at("open", &scratch.console))?;
     let mut command = Command::new(&engine.config.runsc);
     command
@@ -219,9 +234,12 @@ async fn run(engine: &Gvisor, mut command: Command, scratch: &ScratchLayout) -> 
     if status.success() { Ok(()) } else { Err(LaunchError::Refused { status, message: complaint(&scratch.log) }) }
 }
 
+/// Much more than runsc writes until it gives up. The sentry logs to the same file, at the guest's will.
+const LONGEST_END_OF_LOG_BYTES: u64 = 64 << 10;
+
 /// The last error in runsc's log.
 fn complaint(log: &Path) -> String {
-    let text = fs::read_to_string(log).unwrap_or_default();
+    let text = log_tail::read(log, LONGEST_END_OF_LOG_BYTES).unwrap_or_default();
     last_error(&text).unwrap_or_else(|| "it gave no reason".to_owned())
 }
 
@@ -265,6 +283,19 @@ mod tests {
                    {\"msg\":\"later\",\"level\":\"info\",\"time\":\"t\"}\nnot json\n";
         assert_eq!(last_error(log).as_deref(), Some("second"));
         assert_eq!(last_error(""), None);
+    }
+
+    #[test]
+    fn a_long_log_is_read_from_its_end() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let log = directory.path().join("runsc.log");
+        let line = |message: &str| format!("{{\"msg\":\"{message}\",\"level\":\"error\",\"time\":\"t\"}}\n");
+        let filler = "not json\n".repeat(LONGEST_END_OF_LOG_BYTES as usize);
+        fs::write(&log, line("first") + &filler + &line("last")).expect("written");
+        assert_eq!(complaint(&log), "last");
+        fs::write(&log, line("first") + &filler).expect("written");
+        assert_eq!(complaint(&log), "it gave no reason");
+        assert_eq!(complaint(&directory.path().join("none")), "it gave no reason");
     }
 
     #[test]

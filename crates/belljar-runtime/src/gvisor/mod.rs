@@ -8,9 +8,13 @@
 //! destroy: kill all in the cgroup ─▶ remove cgroup ─▶ remove directory
 //! ```
 //!
-//! Nothing of a sandbox depends on the server: neither its processes, which have their own session, nor its output, which
-//! goes to files on its own scratch disk. What a crash leaves at any moment has the sandbox's id in its name, as a directory
-//! below the run directory or as a cgroup, and [`Gvisor::destroy`] removes it from any state.
+//! Nothing of a sandbox depends on the server: neither its processes, which have their own session, nor its output,
+//! which goes to files on its own scratch disk. What a crash leaves at any moment has the sandbox's id in its name, as
+//! a directory below the run directory or as a cgroup, and [`Gvisor::destroy`] removes it from any state.
+//!
+//! **The sentry is root without root's power**: it has the host's user id 0, but lives in a user namespace of its own
+//! and has no capability outside of it, sees an empty directory for the host's files, and makes no system call that
+//! runsc's filter does not allow.
 //!
 //! **The guest sees its limits** because runsc reads them from the cgroup when it starts: the number of CPUs, and the
 //! memory. Right after, the cgroup is widened: to all CPUs, with a quota of time instead, and by an overhead of memory,
@@ -19,12 +23,13 @@
 mod bundle;
 mod ending;
 mod launch;
+mod log_tail;
 mod probe;
 mod process;
 pub mod release;
 mod sys;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -37,7 +42,7 @@ use belljar_core::limits::Resources;
 use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
 
-use crate::cgroup::{Cgroup, CgroupError, CgroupTree, Usage};
+use crate::cgroup::{Cgroup, CgroupError, CgroupTree};
 use process::{Process, ProcessError};
 
 pub use ending::ExitReason;
@@ -50,7 +55,7 @@ pub use process::ProcessIdentity;
 pub struct GvisorConfig {
     /// The program.
     pub runsc: PathBuf,
-    /// Where the state of running sandboxes is kept. It should not survive a reboot: `/run/belljar-<instance>`.
+    /// Where the state of running sandboxes is kept. It should not survive a reboot: `/run/belljar/<instance>/engine`.
     pub run_dir: PathBuf,
     /// Memory for the sentry itself, on top of what the guest was promised.
     pub memory_overhead_mib: u32,
@@ -77,8 +82,8 @@ impl GvisorConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LaunchSpec {
     pub id: SandboxId,
-    /// The root filesystem, shared with other sandboxes. It is only read, with one exception: runsc makes the directories
-    /// that `mounts` go to if they don't exist.
+    /// The root filesystem, shared with other sandboxes. It is only read, with one exception: runsc makes the
+    /// directories that `mounts` go to if they don't exist.
     pub rootfs: PathBuf,
     /// The mounted scratch disk, which takes all that the guest writes and all that the sentry logs.
     pub scratch_dir: PathBuf,
@@ -89,8 +94,6 @@ pub struct LaunchSpec {
     /// The guest's first process, with its arguments.
     pub init: Vec<String>,
     pub mounts: Vec<ReadOnlyMount>,
-    pub env: BTreeMap<String, String>,
-    pub annotations: BTreeMap<String, String>,
 }
 
 /// A file or directory of the host that the guest can read.
@@ -130,7 +133,10 @@ struct Record {
 /// The engine could not find, list or remove sandboxes.
 #[derive(Debug, thiserror::Error)]
 pub enum GvisorError {
-    #[error("the run directory's path is too long for runsc's sockets: {} has more than {LONGEST_RUN_DIR} bytes", run_dir.display())]
+    #[error(
+        "the run directory's path is too long for runsc's sockets: {} has more than {LONGEST_RUN_DIR} bytes",
+        run_dir.display()
+    )]
     RunDirTooLong { run_dir: PathBuf },
     #[error("could not {action} {}", path.display())]
     Io {
@@ -170,6 +176,10 @@ const LONGEST_RUN_DIR: usize = 107 - "//runsc-.sock".len() - 2 * ID_LENGTH;
 
 const RECORD: &str = "sentry.json";
 
+/// In the same directory as the sentry's panic log.
+const CONSOLE_LOG: &str = "console.log";
+const LONGEST_END_OF_CONSOLE_BYTES: u64 = 2048;
+
 impl Gvisor {
     /// Makes the run directory.
     ///
@@ -204,6 +214,9 @@ impl Gvisor {
     ///
     /// # Errors
     /// If what is known of it can't be read.
+    ///
+    /// # Panics
+    /// Outside of an async runtime.
     pub fn adopt(&self, id: &SandboxId) -> Result<Option<RunningSandbox>, GvisorError> {
         let path = self.directory(id).join(RECORD);
         let bytes = match fs::read(&path) {
@@ -218,8 +231,8 @@ impl Gvisor {
         Ok(process.map(|process| RunningSandbox { id: id.clone(), process, cgroup, panic_log: record.panic_log }))
     }
 
-    /// Ends a sandbox, in whatever state it is, and removes all that the engine made for it. Does nothing if there is none.
-    /// The scratch disk and the network are not the engine's.
+    /// Ends a sandbox, in whatever state it is, and removes all that the engine made for it. Does nothing if there is
+    /// none. The scratch disk and the network are not the engine's.
     ///
     /// # Errors
     /// If something can't be removed; a later call tries again.
@@ -228,7 +241,11 @@ impl Gvisor {
         cgroup.end_processes().await?;
         cgroup.remove().await?;
         let directory = self.directory(id);
-        match fs::remove_dir_all(&directory) {
+        let removed = off_the_async_threads({
+            let directory = directory.clone();
+            move || fs::remove_dir_all(directory)
+        });
+        match removed.await {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(GvisorError::at("delete", &directory)(error)),
             _ => Ok(()),
         }
@@ -265,7 +282,8 @@ impl RunningSandbox {
         self.process.identity
     }
 
-    /// Returns once the sandbox has ended by itself, with why. Whatever it held is still there, for [`Gvisor::destroy`].
+    /// Returns once the sandbox has ended by itself, with why. Whatever it held is still there, for
+    /// [`Gvisor::destroy`].
     ///
     /// # Errors
     /// If it can't be waited for.
@@ -274,12 +292,23 @@ impl RunningSandbox {
         Ok(ending::reason(self.cgroup.usage().ok(), &self.panic_log))
     }
 
-    /// What the sandbox has used so far, the sentry included.
-    ///
-    /// # Errors
-    /// If it has been destroyed.
-    pub fn usage(&self) -> Result<Usage, CgroupError> {
-        self.cgroup.usage()
+    /// The last of what its first process wrote; empty if there is nothing. The guest can write anything there.
+    #[must_use]
+    pub fn end_of_console(&self) -> String {
+        let console = self.panic_log.with_file_name(CONSOLE_LOG);
+        log_tail::read(&console, LONGEST_END_OF_CONSOLE_BYTES).unwrap_or_default()
+    }
+}
+
+/// For work on files that may take its time.
+async fn off_the_async_threads<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Only the end of the async runtime cancels it, and then nobody waits for this any more.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
 
 use super::sys;
 use crate::cgroup::{Cgroup, CgroupError};
@@ -24,7 +25,8 @@ pub struct ProcessIdentity {
 #[derive(Debug, Clone)]
 pub(super) struct Process {
     pub(super) identity: ProcessIdentity,
-    descriptor: Arc<OwnedFd>,
+    /// Registered once, here: who waits for the end needs no descriptor of its own, of which there may be none left.
+    descriptor: Arc<AsyncFd<OwnedFd>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +45,9 @@ impl Process {
     /// The process of this id, if it is alive and one of the cgroup's.
     ///
     /// Membership is the proof that it is the sandbox's: only what belljar starts joins the group.
+    ///
+    /// # Panics
+    /// Outside of an async runtime.
     pub(super) fn find(pid: i32, cgroup: &Cgroup) -> Result<Option<Self>, ProcessError> {
         let descriptor = match sys::open_process(pid) {
             Ok(descriptor) => descriptor,
@@ -62,14 +67,17 @@ impl Process {
             return Ok(None);
         }
         let identity = ProcessIdentity { pid, start_time_ticks };
-        Ok(Some(Self { identity, descriptor: Arc::new(descriptor) }))
+        let process = Self::watch(identity, descriptor).map_err(|source| ProcessError::Io { pid, source })?;
+        Ok(Some(process))
+    }
+
+    fn watch(identity: ProcessIdentity, descriptor: OwnedFd) -> io::Result<Self> {
+        Ok(Self { identity, descriptor: Arc::new(sys::watch_process(descriptor)?) })
     }
 
     /// Returns when the process has ended.
     pub(super) async fn ended(&self) -> io::Result<()> {
-        // A descriptor of its own for each waiter, since one can be registered only once.
-        let descriptor = sys::watch_process(self.descriptor.try_clone()?)?;
-        descriptor.readable().await.map(drop)
+        self.descriptor.readable().await.map(drop)
     }
 }
 
@@ -79,8 +87,8 @@ fn start_time_ticks(pid: i32) -> io::Result<u64> {
 }
 
 fn parse_start_time_ticks(stat: &str) -> Option<u64> {
-    // The second field is the program's name in parentheses, and may itself contain spaces and parentheses. The start time
-    // is the 22nd field.
+    // The second field is the program's name in parentheses, and may itself contain spaces and parentheses. The start
+    // time is the 22nd field.
     let (_, after_name) = stat.rsplit_once(") ")?;
     after_name.split(' ').nth(19)?.parse().ok()
 }
@@ -88,6 +96,8 @@ fn parse_start_time_ticks(stat: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sched::{CloneFlags, unshare};
+    use std::time::Duration;
 
     #[test]
     fn a_hostile_name_does_not_shift_the_fields() {
@@ -95,6 +105,35 @@ mod tests {
         assert_eq!(parse_start_time_ticks(stat), Some(4711));
         assert_eq!(parse_start_time_ticks("7 (short) S 1"), None);
         assert_eq!(parse_start_time_ticks(""), None);
+    }
+
+    /// Or a server that has none left would lose sight of its sandboxes.
+    #[test]
+    fn waiting_for_the_end_takes_no_descriptor() {
+        // With a table of descriptors of its own, so that other tests' don't count.
+        let thread = std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_FILES).expect("a table of its own");
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async {
+                let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("started");
+                let pid = i32::try_from(child.id()).expect("fits");
+                let identity = ProcessIdentity { pid, start_time_ticks: 0 };
+                let process = Process::watch(identity, sys::open_process(pid).expect("opened")).expect("watched");
+                let open = || fs::read_dir("/proc/thread-self/fd").expect("listed").count();
+                let before = open();
+                let (one, other) = (process.ended(), process.ended());
+                let mut both = std::pin::pin!(futures::future::join(one, other));
+                let waited = tokio::time::timeout(Duration::from_millis(20), &mut both).await;
+                assert!(waited.is_err(), "it has not ended");
+                assert_eq!(open(), before);
+                child.kill().expect("killed");
+                let (one, other) = both.await;
+                assert!(one.is_ok() && other.is_ok());
+                process.ended().await.expect("also who asks later");
+                child.wait().expect("reaped");
+            });
+        });
+        thread.join().expect("no panic");
     }
 
     #[test]

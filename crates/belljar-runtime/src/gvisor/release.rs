@@ -1,9 +1,9 @@
 //! Which `runsc` is used, and where it comes from.
 //!
-//! gVisor's engine is one static binary. Debian packages it, so the mirror that templates are built from has it too; its
-//! file runs on any distribution. belljar unpacks the one file out of a pinned package into its own state directory and
-//! never touches the host's package sources. Both the package and the file inside are pinned by SHA-256: the first is
-//! checked before anything reads the archive, the second whenever the file is about to be used.
+//! gVisor's engine is one static binary. Debian packages it, so the mirror that templates are built from has it too;
+//! its file runs on any distribution. belljar unpacks the one file out of a pinned package into its own state directory
+//! and never touches the host's package sources. Both the package and the file inside are pinned by SHA-256: the first
+//! is checked before anything reads the archive, the second whenever the file is about to be used.
 //!
 //! ```text
 //! configured path ──> taken as it is
@@ -65,7 +65,8 @@ const DOWNLOAD_TIMEOUT: Duration = Duration::from_secs(300);
 #[derive(Debug, thiserror::Error)]
 pub enum ReleaseError {
     #[error(
-        "the configured runsc {path} is not a program that can be run; correct the path, or remove it to have belljar fetch one"
+        "the configured runsc {path} is not a program that can be run; correct the path, \
+         or remove it to have belljar fetch one"
     )]
     Configured {
         path: PathBuf,
@@ -75,7 +76,8 @@ pub enum ReleaseError {
     #[error("belljar fetches runsc for x86_64 only; on this machine install runsc and configure its path")]
     Architecture,
     #[error(
-        "cannot download runsc from {url}; check the mirror, the network and http_proxy, or configure the path of a runsc"
+        "cannot download runsc from {url}; check the mirror, the network and http_proxy, \
+         or configure the path of a runsc"
     )]
     Download {
         url: String,

@@ -27,7 +27,8 @@ pub(super) struct Place {
 
 /// Makes `command` start at `place`, in a session and with mounts of its own.
 pub(super) fn start_at(command: &mut Command, place: Place) {
-    // SAFETY: `enter` makes nothing but system calls and allocates nothing, as a child of a process with threads must not.
+    // SAFETY: `enter` makes nothing but system calls and allocates nothing, as a child of a process with threads must
+    // not.
     unsafe { command.pre_exec(move || enter(&place).map_err(io::Error::from)) };
 }
 
@@ -41,8 +42,8 @@ fn enter(place: &Place) -> nix::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     // Unmounting on the host still reaches here, mounting here never reaches the host.
     mount(None::<&CStr>, c"/", None::<&CStr>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&CStr>)?;
-    // runsc takes a namespace for the host's own if this directory has certain files. Since Linux 6.11 it has them in every
-    // namespace, so it has to be empty.
+    // runsc takes a namespace for the host's own if this directory has certain files. Since Linux 6.11 it has them in
+    // every namespace, so it has to be empty.
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some(c"none"), c"/proc/sys/net/core", Some(c"tmpfs"), flags, None::<&CStr>)?;
     if let Some(top) = &place.cgroup_top {
@@ -54,7 +55,8 @@ fn enter(place: &Place) -> nix::Result<()> {
 /// Nothing that the server has open may reach a sandbox, whoever opened it and however.
 fn close_on_exec_from(first: libc::c_uint) -> nix::Result<()> {
     const CLOSE_RANGE_CLOEXEC: libc::c_uint = 4;
-    // SAFETY: close_range takes three numbers and touches no memory. It is called by number since old C libraries lack it.
+    // SAFETY: close_range takes three numbers and touches no memory. It is called by number since old C libraries lack
+    // it.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) };
     match Errno::result(result) {
         // Kernels before 5.11; there it is enough that this program opens nothing without the flag.

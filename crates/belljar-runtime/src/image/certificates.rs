@@ -1,7 +1,7 @@
 //! The host's CA certificates, handed into a template where the operator asks for it.
 //!
-//! A machine behind an inspecting proxy, or with a private package mirror, needs its own CA trusted inside sandboxes too.
-//! Trust is never handed over unasked: what a sandbox trusts is visible in the operator's configuration.
+//! A machine behind an inspecting proxy, or with a private package mirror, needs its own CA trusted inside sandboxes
+//! too. Trust is never handed over unasked: what a sandbox trusts is visible in the operator's configuration.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -115,7 +115,8 @@ mod tests {
     #[test]
     fn a_bundle_is_split_and_a_private_key_left_behind() {
         let bundle = file(&format!(
-            "# two\n{BEGIN}\r\nAAAA\r\nBBBB\r\n{END}\n-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n{BEGIN}\nCCCC\n{END}\n"
+            "# two\n{BEGIN}\r\nAAAA\r\nBBBB\r\n{END}\n-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n\
+             {BEGIN}\nCCCC\n{END}\n"
         ));
         let certificates = HostCertificates::read(&[bundle.path().to_owned()]).expect("readable");
         let expected = [format!("{BEGIN}\nAAAA\nBBBB\n{END}\n"), format!("{BEGIN}\nCCCC\n{END}\n")];

@@ -14,7 +14,8 @@ pub(super) fn diagnose(lines: &[String], status: String, mirror: &Mirror, direct
     let find = |needles: &[&str]| {
         lines.iter().find(|line| needles.iter().any(|needle| line.contains(needle))).map(|line| line.trim().to_owned())
     };
-    // Ordered from cause to consequence: a full disk also makes a download fail, an unknown key a repository "unsigned".
+    // Ordered from cause to consequence: a full disk also makes a download fail, an unknown key a repository
+    // "unsigned".
     if find(&["No space left on device", "(28: ", "Disk quota exceeded"]).is_some() {
         return BuildError::DiskFull { path: directory.to_owned() };
     }
@@ -96,17 +97,23 @@ mod tests {
         ));
         assert!(matches!(
             diagnosis(
-                "W: GPG error: http://deb.debian.org/debian trixie InRelease: The following signatures couldn't be verified because the public key is not available: NO_PUBKEY 6ED0E7B82643E131\nE: The repository 'http://deb.debian.org/debian trixie InRelease' is not signed."
+                "W: GPG error: http://deb.debian.org/debian trixie InRelease: The following signatures couldn't be \
+                 verified because the public key is not available: NO_PUBKEY 6ED0E7B82643E131\n\
+                 E: The repository 'http://deb.debian.org/debian trixie InRelease' is not signed."
             ),
             BuildError::Untrusted { .. }
         ));
         assert!(matches!(
-            diagnosis("E: Failed to fetch http://deb.debian.org/debian  Write error - write (28: No space left on device)"),
+            diagnosis(
+                "E: Failed to fetch http://deb.debian.org/debian  Write error - write (28: No space left on \
+                 device)"
+            ),
             BuildError::DiskFull { path } if path == Path::new("/state/base")
         ));
         assert!(matches!(
             diagnosis(
-                "E: Release file for http://a/dists/x/InRelease is expired (invalid since 3d). Updates for this repository will not be applied."
+                "E: Release file for http://a/dists/x/InRelease is expired (invalid since 3d). Updates \
+                 for this repository will not be applied."
             ),
             BuildError::Expired { .. }
         ));

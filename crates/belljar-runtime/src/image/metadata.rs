@@ -105,7 +105,8 @@ mod tests {
     fn only_installed_packages_are_listed() {
         let rootfs = tempfile::tempdir().expect("a directory");
         std::fs::create_dir_all(rootfs.path().join("var/lib/dpkg")).expect("created");
-        let status = "Package: less\nStatus: install ok installed\nArchitecture: amd64\nVersion: 668-1\nDescription: x\n Version: no\n\n\
+        let status = "Package: less\nStatus: install ok installed\nArchitecture: amd64\n\
+                      Version: 668-1\nDescription: x\n Version: no\n\n\
                       Package: gone\nStatus: deinstall ok config-files\nVersion: 1\n\n";
         std::fs::write(rootfs.path().join("var/lib/dpkg/status"), status).expect("written");
         let packages = installed_packages(rootfs.path()).expect("readable");

@@ -16,7 +16,8 @@ pub struct Mirror {
 /// Why an address is refused.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "not the address of a Debian mirror: it must begin with http:// or https://, name a host, and have no spaces, quotes, `?` or `#`"
+    "not the address of a Debian mirror: it must begin with http:// or https://, name a host, \
+     and have no spaces, quotes, `?` or `#`"
 )]
 pub struct MirrorError;
 
@@ -34,7 +35,8 @@ impl Mirror {
         }
     }
 
-    /// The address with its credentials: for apt's and our own requests, never for a log or for what a sandbox can read.
+    /// The address with its credentials: for apt's and our own requests, never for a log or for what a sandbox can
+    /// read.
     pub(crate) fn with_credentials(&self) -> String {
         match &self.credentials {
             Some(credentials) => format!("{}{credentials}@{}", self.scheme, self.host_and_path),

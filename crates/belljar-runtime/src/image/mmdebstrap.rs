@@ -22,8 +22,8 @@ pub(super) const COMMAND_FAILED_MARK: &str = "belljar: failed: ";
 /// Where programs are looked for, on the host and in the new system while it is built.
 const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// What of our environment reaches the build: how to get out of this network. Everything else, keys and tokens included,
-/// is nothing to a package's script.
+/// What of our environment reaches the build: how to get out of this network. Everything else, keys and tokens
+/// included, is nothing to a package's script.
 const PROXY_VARIABLES: [&str; 8] =
     ["http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"];
 
@@ -183,7 +183,8 @@ fn environment_of_build(recipe: &Recipe, staging: &Staging) -> Vec<(&'static str
     environment.extend([
         ("PATH", SYSTEM_PATH.into()),
         ("HOME", "/root".into()),
-        // Not /tmp: mmdebstrap's temporary files shall be part of what a killed build leaves, and so be removed with it.
+        // Not /tmp: mmdebstrap's temporary files shall be part of what a killed build leaves, and so be removed with
+        // it.
         ("TMPDIR", staging.inputs().join("tmp").into()),
         ("LC_ALL", "C.UTF-8".into()),
         ("DEBIAN_FRONTEND", "noninteractive".into()),

@@ -7,14 +7,14 @@
 //!                               namespace)
 //! ```
 //!
-//! Why mmdebstrap and not debootstrap: it lets apt resolve, so that updates and security fixes are in the first and only
-//! installation and a dependency of any kind is understood; it takes several sources at once; dpkg options such as
-//! "leave the manuals out" hold from the first package on; and it is several times faster. It knows the merged `/usr` of
-//! current Debian without a second pass.
+//! Why mmdebstrap and not debootstrap: it lets apt resolve, so that updates and security fixes are in the first and
+//! only installation and a dependency of any kind is understood; it takes several sources at once; dpkg options such as
+//! "leave the manuals out" hold from the first package on; and it is several times faster. It knows the merged `/usr`
+//! of current Debian without a second pass.
 //!
 //! What a build may leave behind when it is killed, at whatever moment and with whatever signal: the directory
-//! `<dest>.partial`, and nothing else. All mounts live in a mount namespace and all processes in a PID namespace that end
-//! with the builder (`supervisor`), and `<dest>` appears by one rename (`staging`). The next build of the same
+//! `<dest>.partial`, and nothing else. All mounts live in a mount namespace and all processes in a PID namespace that
+//! end with the builder (`supervisor`), and `<dest>` appears by one rename (`staging`). The next build of the same
 //! destination and [`remove_abandoned`] clear the rest away.
 
 mod certificates;
@@ -100,17 +100,20 @@ pub enum BuildError {
     #[error("the host CA certificates cannot be used")]
     Certificates(#[source] CertificateError),
     #[error(
-        "the mirror {mirror} does not answer ({detail}); check its address, the network and http_proxy, or set `mirror` in [template_build]"
+        "the mirror {mirror} does not answer ({detail}); check its address, the network and http_proxy, \
+         or set `mirror` in [template_build]"
     )]
     MirrorUnreachable { mirror: String, detail: String },
     #[error(
-        "a mirror lacks what the recipe asks for ({detail}); check `suite`, and `mirror` and `security_mirror` in [template_build]"
+        "a mirror lacks what the recipe asks for ({detail}); check `suite`, \
+         and `mirror` and `security_mirror` in [template_build]"
     )]
     SuiteMissing { detail: String },
     #[error("apt does not trust the mirror ({detail}); upgrade debian-archive-keyring, or choose another mirror")]
     Untrusted { detail: String },
     #[error(
-        "the mirror's index is out of date or this machine's clock is wrong ({detail}); compare `date` and choose another mirror if it is right"
+        "the mirror's index is out of date or this machine's clock is wrong ({detail}); \
+         compare `date` and choose another mirror if it is right"
     )]
     Expired { detail: String },
     #[error("Debian has no such package in this suite: {names}")]

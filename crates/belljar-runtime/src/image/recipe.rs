@@ -116,8 +116,8 @@ impl Recipe {
         self.working_directory.as_deref().unwrap_or(&self.user.home)
     }
 
-    // The values reach a shell, apt's command line and files with a syntax of their own. Each is held to the narrow form
-    // its kind has in Debian, so that none can be read as something else there.
+    // The values reach a shell, apt's command line and files with a syntax of their own. Each is held to the narrow
+    // form its kind has in Debian, so that none can be read as something else there.
     fn check(&self) -> Result<(), RecipeError> {
         check("name", &self.name, is_template_name, "must be lowercase letters, digits and inner hyphens, at most 63")?;
         check("suite", &self.suite, is_suite, "must be a Debian code name such as trixie")?;

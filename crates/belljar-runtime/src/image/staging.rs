@@ -138,8 +138,8 @@ pub fn remove_abandoned(parent: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(removed)
 }
 
-/// Locks the directory. `None` when somebody else has it, and also when it is no longer there: its former owner removed or
-/// renamed it meanwhile.
+/// Locks the directory. `None` when somebody else has it, and also when it is no longer there: its former owner removed
+/// or renamed it meanwhile.
 fn lock_directory(path: &Path) -> io::Result<Option<File>> {
     let directory = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

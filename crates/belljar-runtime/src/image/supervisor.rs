@@ -6,9 +6,9 @@
 //!                    └─ mmdebstrap ── apt, dpkg, the packages' scripts …
 //! ```
 //!
-//! Whatever ends belljar, SIGKILL included, closes the pipe; the shell then kills the build and ends, and with PID 1 the
-//! kernel ends its namespace and the mount namespace in which all mounts were made. A parent-death signal would not do:
-//! it follows the *thread* that started the child, and threads of an async runtime end when they are idle.
+//! Whatever ends belljar, SIGKILL included, closes the pipe; the shell then kills the build and ends, and with PID 1
+//! the kernel ends its namespace and the mount namespace in which all mounts were made. A parent-death signal would not
+//! do: it follows the *thread* that started the child, and threads of an async runtime end when they are idle.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -29,8 +29,8 @@ pub(super) struct Supervised {
 }
 
 impl Supervised {
-    /// Starts `command` (program and arguments) with exactly `environment`. It holds `lock` as long as any process of it
-    /// lives; its standard output and standard error are one stream.
+    /// Starts `command` (program and arguments) with exactly `environment`. It holds `lock` as long as any process of
+    /// it lives; its standard output and standard error are one stream.
     pub(super) fn start(command: &[OsString], environment: &[(&str, OsString)], lock: File) -> std::io::Result<Self> {
         let mut child = Command::new("unshare")
             .args(["--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc", "--"])

@@ -50,7 +50,8 @@ fn options(test: &str) -> Option<BuildOptions> {
 
 fn recipe(more: &str) -> Recipe {
     let text = format!(
-        "name = 'small'\nsuite = 'trixie'\n{more}\n[user]\nname = 'user'\nuid = 1234\nhome = '/home/user'\npasswordless_sudo = true"
+        "name = 'small'\nsuite = 'trixie'\n{more}\n\
+         [user]\nname = 'user'\nuid = 1234\nhome = '/home/user'\npasswordless_sudo = true"
     );
     Recipe::parse(&text).expect("valid")
 }
@@ -73,7 +74,8 @@ async fn a_small_recipe_becomes_a_system_without_traces_of_the_host() {
     std::fs::write(&ca, CERTIFICATE).expect("written");
     options.host_ca_certificates = vec![ca];
     let recipe = recipe(
-        "packages = ['sudo']\nrun = ['echo \"$COLOUR\" > /etc/colour', 'cat > /etc/input']\nworking_directory = '/work'\nenv = { COLOUR = 'deep blue' }",
+        "packages = ['sudo']\nrun = ['echo \"$COLOUR\" > /etc/colour', 'cat > /etc/input']\n\
+         working_directory = '/work'\nenv = { COLOUR = 'deep blue' }",
     );
     let dest = parent.path().join("small");
 

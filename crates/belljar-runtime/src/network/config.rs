@@ -20,7 +20,8 @@ const DNS_PORT: u16 = 53;
 pub struct InstanceName(String);
 
 impl InstanceName {
-    /// Up to 20 lowercase letters, digits and hyphens, a letter first: what nft, a path and a log line all take unquoted.
+    /// Up to 20 lowercase letters, digits and hyphens, a letter first: what nft, a path and a log line all take
+    /// unquoted.
     pub fn new(name: &str) -> Result<Self, NetworkError> {
         let well_formed = name.starts_with(|c: char| c.is_ascii_lowercase())
             && name.len() <= INSTANCE_LENGTH_MAX
@@ -30,8 +31,8 @@ impl InstanceName {
         } else {
             Err(NetworkError::InvalidConfig {
                 reason: format!(
-                    "the instance name {name:?} is not 1 to {INSTANCE_LENGTH_MAX} lowercase letters, digits and hyphens, \
-                     a letter first"
+                    "the instance name {name:?} is not 1 to {INSTANCE_LENGTH_MAX} lowercase letters, digits \
+                     and hyphens, a letter first"
                 ),
             })
         }
@@ -47,6 +48,15 @@ impl fmt::Display for InstanceName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// How far a sandbox reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Egress {
+    /// The internet, less what is denied to all sandboxes.
+    Internet,
+    /// Nothing at all, name service included: questions to a resolver can carry data out as well.
+    Nothing,
 }
 
 /// Settings of one server's sandbox networks.

@@ -62,7 +62,8 @@ pub enum NetworkError {
     #[error("sandbox {sandbox} already has a network")]
     AlreadyExists { sandbox: SandboxId },
 
-    /// What is left of a create or a destroy that was cut short: only [`destroy`](super::NetworkManager::destroy) helps.
+    /// What is left of a create or a destroy that was cut short: only [`destroy`](super::NetworkManager::destroy)
+    /// helps.
     #[error("the network of sandbox {sandbox} is incomplete: {missing}")]
     Incomplete { sandbox: SandboxId, missing: &'static str },
 

@@ -5,37 +5,18 @@ use std::sync::Arc;
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::config::NetworkConfig;
+use super::config::{Egress, NetworkConfig};
 use super::error::NetworkError;
 use super::namespace::{Namespace, NamespaceWorkers};
 use super::netlink::{Netlink, VethEnd};
 use super::nft::Nft;
 use super::slot::{GATEWAY_LINK_ADDRESS, GUEST_LINK_ADDRESS, interface_prefix};
 use super::{NetworkManager, forwarding, host, manager, rules};
-
-/// One thing that was looked at on the host.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding {
-    pub ok: bool,
-    /// What was found, in one sentence.
-    pub what: String,
-    /// What mends it: a command where one does.
-    pub remedy: Option<String>,
-}
-
-impl Finding {
-    fn good(what: impl Into<String>) -> Self {
-        Self { ok: true, what: what.into(), remedy: None }
-    }
-
-    fn bad(what: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { ok: false, what: what.into(), remedy: Some(remedy.into()) }
-    }
-}
+use crate::host::{Finding, Status};
 
 impl NetworkManager {
-    /// Looks at everything that sandbox networks need from the host. Changes nothing: what has to be tried is tried in a
-    /// namespace that is thrown away.
+    /// Looks at everything that sandbox networks need from the host. Changes nothing: what has to be tried is tried in
+    /// a namespace that is thrown away.
     pub async fn check_host(config: &NetworkConfig) -> Vec<Finding> {
         let config = config.clone();
         let checked = async {
@@ -54,7 +35,7 @@ impl NetworkManager {
 
 fn check(config: &NetworkConfig, home: &Namespace) -> Vec<Finding> {
     if !nix::unistd::geteuid().is_root() {
-        return vec![Finding::bad(
+        return vec![Finding::missing(
             "the network was not looked at: namespaces and packet filters are root's",
             "run it as root",
         )];
@@ -62,7 +43,7 @@ fn check(config: &NetworkConfig, home: &Namespace) -> Vec<Finding> {
     let mut findings = vec![resolvers(config)];
     findings.extend(routing(config).unwrap_or_else(|error| vec![unexpected("routing", &error)]));
     let Some(nft) = Nft::find() else {
-        findings.push(Finding::bad("nft is not installed", "apt-get install nftables"));
+        findings.push(Finding::missing("nft is not installed", "apt-get install nftables"));
         return findings;
     };
     findings.push(version(&nft));
@@ -76,7 +57,7 @@ fn check(config: &NetworkConfig, home: &Namespace) -> Vec<Finding> {
 
 fn version(nft: &Nft) -> Finding {
     match nft.query("print its version", &["--version"]) {
-        Ok(version) => Finding::good(format!("{}, {}", nft.program().display(), version.trim())),
+        Ok(version) => Finding::met(format!("{}, {}", nft.program().display(), version.trim())),
         Err(error) => unexpected("nft", &error),
     }
 }
@@ -94,7 +75,10 @@ fn attempt(config: &NetworkConfig, nft: &Nft) -> Finding {
             Netlink::open()?.create_veth(&here, &there, &Namespace::current()?, 1500)
         };
         links().map_err(|error| (error, "modprobe veth"))?;
-        for rules in [rules::router_rules(config), rules::host_rules(config, &interface_prefix(&config.instance))] {
+        for rules in [
+            rules::router_rules(config, Egress::Internet),
+            rules::host_rules(config, &interface_prefix(&config.instance)),
+        ] {
             nft.load("try out the packet filter", &rules).and_then(super::nft::Loading::finish).map_err(|error| {
                 (
                     error,
@@ -106,22 +90,22 @@ fn attempt(config: &NetworkConfig, nft: &Nft) -> Finding {
     };
     match tried() {
         Ok(()) => {
-            Finding::good("namespaces, virtual links and the packet filter work: tried in a namespace of their own")
+            Finding::met("namespaces, virtual links and the packet filter work: tried in a namespace of their own")
         }
-        Err((error, remedy)) => Finding::bad(with_sources(&error), remedy),
+        Err((error, remedy)) => Finding::missing(with_sources(&error), remedy),
     }
 }
 
 fn resolvers(config: &NetworkConfig) -> Finding {
     let upstreams = manager::upstreams(config);
     if upstreams.is_empty() {
-        Finding::bad(
+        Finding::missing(
             "no resolver for sandboxes: the configuration names none and /etc/resolv.conf has none that can be used",
             "set dns_upstreams",
         )
     } else {
         let list: Vec<String> = upstreams.iter().map(ToString::to_string).collect();
-        Finding::good(format!("sandboxes' DNS queries go to {}", list.join(", ")))
+        Finding::met(format!("sandboxes' DNS queries go to {}", list.join(", ")))
     }
 }
 
@@ -132,20 +116,21 @@ fn routing(config: &NetworkConfig) -> Result<Vec<Finding>, NetworkError> {
     findings.push(match host::default_route(&routes) {
         Some(route) => {
             let name = links.iter().find(|link| link.index == route.interface_index).map_or("?", |link| &link.name);
-            Finding::good(format!("the IPv4 default route leads through {name}"))
+            Finding::met(format!("the IPv4 default route leads through {name}"))
         }
-        None => Finding::bad("no IPv4 default route: sandboxes reach nothing", "ip route add default via GATEWAY"),
+        None => Finding::missing("no IPv4 default route: sandboxes reach nothing", "ip route add default via GATEWAY"),
     });
     findings.push(match host::pool_overlap(config, &links, &addresses) {
-        Some(overlap) => Finding::bad(overlap.to_string(), "set uplink_pool to a range that is not used here"),
-        None => Finding::good(format!("the uplink pool {} is not used by this host", config.uplink_pool)),
+        Some(overlap) => Finding::missing(overlap.to_string(), "set uplink_pool to a range that is not used here"),
+        None => Finding::met(format!("the uplink pool {} is not used by this host", config.uplink_pool)),
     });
     findings.push(if forwarding::is_router()? {
-        Finding::good("IPv4 forwarding is on for the whole host (net.ipv4.ip_forward); belljar leaves it as it is")
+        Finding::met("IPv4 forwarding is on for the whole host (net.ipv4.ip_forward); belljar leaves it as it is")
     } else {
         let interfaces: Vec<_> = forwarding::egress_interfaces(config, &routes, &links).into_iter().collect();
-        Finding::good(format!(
-            "this host is no router: IPv4 forwarding is switched on for {} and sandboxes only, with a guard against others",
+        Finding::met(format!(
+            "this host is no router: IPv4 forwarding is switched on for {} and sandboxes only, \
+             with a guard against others",
             interfaces.join(", ")
         ))
     });
@@ -170,11 +155,11 @@ fn other_firewalls(config: &NetworkConfig, nft: &Nft) -> Result<Vec<Finding>, Ne
         let rules = nft.query("list a table", &["list", "table", &family, &table])?;
         let subject = format!("the firewall chain {family} {table} {chain} drops forwarded packets it does not know");
         findings.push(if rules.contains(&prefix) {
-            Finding::good(format!("{subject}, and knows this instance's"))
+            Finding::met(format!("{subject}, and knows this instance's"))
         } else {
             let chain = if rules.contains("chain DOCKER-USER") { "DOCKER-USER" } else { chain.as_str() };
             let insert = format!("nft insert rule {family} {table} {chain}");
-            Finding::bad(
+            Finding::missing(
                 subject,
                 format!(
                     "{insert} iifname '\"{prefix}*\"' accept && \
@@ -188,7 +173,7 @@ fn other_firewalls(config: &NetworkConfig, nft: &Nft) -> Result<Vec<Finding>, Ne
     }
     findings.extend(legacy_iptables(&prefix));
     if findings.is_empty() {
-        findings.push(Finding::good("no other firewall drops forwarded packets by default"));
+        findings.push(Finding::met("no other firewall drops forwarded packets by default"));
     }
     Ok(findings)
 }
@@ -198,9 +183,9 @@ fn firewalld(nft: &Nft, prefix: &str) -> Result<Finding, NetworkError> {
     const WHAT: &str = "firewalld is running, and rejects forwarded packets it does not know";
     let known = nft.query("list a table", &["list", "table", "inet", "firewalld"])?.contains(prefix);
     Ok(if known {
-        Finding::good(format!("{WHAT}; it knows this instance's"))
+        Finding::met(format!("{WHAT}; it knows this instance's"))
     } else {
-        Finding::bad(
+        Finding::missing(
             WHAT,
             format!("firewall-cmd --permanent --zone=trusted --add-interface='{prefix}+' && firewall-cmd --reload"),
         )
@@ -221,10 +206,10 @@ fn legacy_iptables(prefix: &str) -> Option<Finding> {
     }
     const WHAT: &str = "iptables drops forwarded packets it does not know (policy of FORWARD)";
     if rules.contains(prefix) {
-        return Some(Finding::good(format!("{WHAT}; it knows this instance's")));
+        return Some(Finding::met(format!("{WHAT}; it knows this instance's")));
     }
     let chain = if rules.lines().any(|rule| rule == "-N DOCKER-USER") { "DOCKER-USER" } else { "FORWARD" };
-    Some(Finding::bad(
+    Some(Finding::missing(
         WHAT,
         format!(
             "iptables -I {chain} -i '{prefix}+' -j ACCEPT && \
@@ -245,7 +230,8 @@ fn dropping_forward_chains(listing: &str) -> Vec<ForeignChain> {
 }
 
 fn unexpected(subject: &str, error: &NetworkError) -> Finding {
-    Finding { ok: false, what: format!("{subject} could not be looked at: {}", with_sources(error)), remedy: None }
+    let what = format!("{subject} could not be looked at: {}", with_sources(error));
+    Finding { status: Status::Missing, what, remedy: None }
 }
 
 /// An error and its causes, which `Display` leaves to whoever prints it.
@@ -266,7 +252,9 @@ mod tests {
             )
         };
         let listing = format!(
-            r#"{{"nftables": [{{"metainfo": {{}}}}, {}, {}, {}, {}, {{"chain": {{"family": "ip", "name": "DOCKER"}}}}]}}"#,
+            r#"{{"nftables": [
+                {{"metainfo": {{}}}}, {}, {}, {}, {}, {{"chain": {{"family": "ip", "name": "DOCKER"}}}}
+            ]}}"#,
             chain("ip", "FORWARD", "forward", "drop"),
             chain("ip", "INPUT", "input", "drop"),
             chain("inet", "forward", "forward", "accept"),

@@ -13,7 +13,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::config::{NetworkConfig, parse_resolv_conf};
+use super::config::{Egress, NetworkConfig, parse_resolv_conf};
 use super::dns::{DNS_PORT, Forwarder};
 use super::error::NetworkError;
 use super::host::{self, HostState};
@@ -82,7 +82,8 @@ struct State {
 pub struct NetworkManager {
     config: Arc<NetworkConfig>,
     nft: Nft,
-    router_rules: Arc<Ruleset>,
+    internet_rules: Arc<Ruleset>,
+    closed_rules: Arc<Ruleset>,
     home: Arc<Namespace>,
     builders: NamespaceWorkers,
     /// Separate, so that connections to sandboxes never queue behind the making of others.
@@ -108,12 +109,8 @@ impl NetworkManager {
         let builders = NamespaceWorkers::start("network", BUILDER_THREADS, &home)?;
         let sockets = Arc::new(NamespaceWorkers::start("sockets", 1, &home)?);
 
-        let router_rules = builders
-            .run(&home, {
-                let (nft, text) = (nft.clone(), rules::router_rules(&config));
-                move || Ruleset::compile(&nft, rules::ROUTER_TABLE, text)
-            })
-            .await?;
+        let internet_rules = Self::compile(&config, Egress::Internet, &nft, &home, &builders).await?;
+        let closed_rules = Self::compile(&config, Egress::Nothing, &nft, &home, &builders).await?;
         let host = Self::apply_host_side(&config, &nft, &home, &builders).await?;
         let prefix = interface_prefix(&config.instance);
         let labelled = builders
@@ -132,7 +129,7 @@ impl NetworkManager {
         }
         let (upstreams, _) = watch::channel(upstreams(&config));
         let state = Mutex::new(State { slots, attachments, mtu: host.mtu });
-        Ok(Self { config, nft, router_rules: Arc::new(router_rules), home, builders, sockets, upstreams, state })
+        Ok(Self { config, nft, internet_rules, closed_rules, home, builders, sockets, upstreams, state })
     }
 
     /// Puts the host's side in order again: packet filter, forwarding, resolvers, MTU of networks made from here on.
@@ -152,10 +149,10 @@ impl NetworkManager {
     /// Makes a network for a sandbox that has none. A create that fails removes what it made.
     ///
     /// One that is cancelled leaves it for [`destroy`](Self::destroy).
-    pub async fn create(&self, sandbox: &SandboxId) -> Result<SandboxNetwork, NetworkError> {
+    pub async fn create(&self, sandbox: &SandboxId, egress: Egress) -> Result<SandboxNetwork, NetworkError> {
         for _ in 0..SLOT_ATTEMPTS_MAX {
             let Reservation { slot, mtu, busy } = self.reserve(sandbox)?;
-            let plan = self.plan(sandbox);
+            let plan = self.plan(sandbox, egress);
             let built = self
                 .builders
                 .run(&self.home, {
@@ -168,7 +165,15 @@ impl NetworkManager {
                 })
                 .await?;
             match built {
-                Ok(router) => return self.serve(sandbox, router).await,
+                Ok(router) => match self.serve(sandbox, router, egress).await {
+                    Ok(network) => return Ok(network),
+                    Err(error) => {
+                        if let Err(leftover) = self.destroy(sandbox).await {
+                            tracing::warn!(%sandbox, error = %leftover, "a failed network could not be removed");
+                        }
+                        return Err(error);
+                    }
+                },
                 Err(BuildError::SlotTaken) => {
                     tracing::info!(%sandbox, interface = slot.interface, "uplink slot is taken, trying another");
                     let mut state = self.state();
@@ -186,7 +191,7 @@ impl NetworkManager {
     }
 
     /// Takes over a network that a server before this one made.
-    pub async fn adopt(&self, sandbox: &SandboxId) -> Result<SandboxNetwork, NetworkError> {
+    pub async fn adopt(&self, sandbox: &SandboxId, egress: Egress) -> Result<SandboxNetwork, NetworkError> {
         let (slot, services) = {
             let state = self.state();
             let attachment = state.attachments.get(sandbox).ok_or_else(|| NetworkError::Incomplete {
@@ -200,9 +205,9 @@ impl NetworkManager {
         };
         // A SandboxNetwork that was dropped a moment ago may not have closed its sockets yet.
         services.wait().await;
-        let plan = self.plan(sandbox);
+        let plan = self.plan(sandbox, egress);
         let router = self.builders.run(&self.home, move || topology::adopt(&plan, &slot)).await?;
-        self.serve(sandbox, router).await
+        self.serve(sandbox, router, egress).await
     }
 
     /// Every sandbox that has anything here, complete or not.
@@ -227,7 +232,7 @@ impl NetworkManager {
             }
             busy = Some(lock.lock_owned().await);
         }
-        let plan = self.plan(sandbox);
+        let plan = self.plan(sandbox, Egress::Nothing);
         self.builders
             .run(&self.home, move || {
                 let demolished = topology::demolish(&plan);
@@ -239,17 +244,8 @@ impl NetworkManager {
         Ok(())
     }
 
-    /// Puts address and routes back on the guest's end, which the engine takes off when it takes the interface over.
-    /// Only while no engine uses it: the host's kernel would answer in the guest's place.
-    pub async fn reset_inner(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
-        let inner = Namespace::open(&self.plan(sandbox).inner_path)?.ok_or_else(|| NetworkError::Incomplete {
-            sandbox: sandbox.clone(),
-            missing: "its inner namespace is gone",
-        })?;
-        self.builders.run(&Arc::new(inner), topology::reset_inner).await
-    }
-
-    /// Destroys every network of the instance and takes the host's side back. Leaves the host as it was found.
+    /// Destroys every network of the instance and takes the host's side back: the host is as it was found, and this
+    /// manager of no more use.
     pub async fn uninstall(&self) -> Result<(), NetworkError> {
         for sandbox in self.list_owned().await? {
             self.destroy(&sandbox).await?;
@@ -267,6 +263,17 @@ impl NetworkManager {
                 })
             })
             .await
+    }
+
+    async fn compile(
+        config: &NetworkConfig,
+        egress: Egress,
+        nft: &Nft,
+        home: &Arc<Namespace>,
+        builders: &NamespaceWorkers,
+    ) -> Result<Arc<Ruleset>, NetworkError> {
+        let (nft, text) = (nft.clone(), rules::router_rules(config, egress));
+        builders.run(home, move || Ruleset::compile(&nft, rules::ROUTER_TABLE, text)).await.map(Arc::new)
     }
 
     async fn apply_host_side(
@@ -300,7 +307,12 @@ impl NetworkManager {
     }
 
     /// Starts the name service of a network that stands.
-    async fn serve(&self, sandbox: &SandboxId, router: Namespace) -> Result<SandboxNetwork, NetworkError> {
+    async fn serve(
+        &self,
+        sandbox: &SandboxId,
+        router: Namespace,
+        egress: Egress,
+    ) -> Result<SandboxNetwork, NetworkError> {
         let stop = CancellationToken::new();
         let services = closed_tracker();
         let uplink_interface = {
@@ -315,13 +327,16 @@ impl NetworkManager {
         };
         let network = SandboxNetwork {
             sandbox: sandbox.clone(),
-            inner_path: self.plan(sandbox).inner_path,
+            inner_path: self.inner_path(sandbox),
             uplink_interface,
             router: Arc::new(router),
             sockets: Arc::clone(&self.sockets),
             _stop_on_drop: stop.clone().drop_guard(),
             stop: stop.clone(),
         };
+        if egress == Egress::Nothing {
+            return Ok(network);
+        }
         let failed = |source| NetworkError::Socket { step: "open a sandbox's name service", source };
         let address = SocketAddr::from((GATEWAY_ADDRESS, DNS_PORT));
         let udp = network.bind_udp(address).await.map_err(failed)?;
@@ -331,16 +346,28 @@ impl NetworkManager {
         Ok(network)
     }
 
-    fn plan(&self, sandbox: &SandboxId) -> Plan {
-        let path = |suffix| -> PathBuf { self.config.netns_dir.join(format!("{sandbox}.{suffix}")) };
+    /// What to build, or to look for. The egress says nothing to a demolition.
+    fn plan(&self, sandbox: &SandboxId, egress: Egress) -> Plan {
+        let rules = match egress {
+            Egress::Internet => &self.internet_rules,
+            Egress::Nothing => &self.closed_rules,
+        };
         Plan {
             sandbox: sandbox.clone(),
-            inner_path: path(INNER_SUFFIX),
-            router_path: path(ROUTER_SUFFIX),
+            inner_path: self.inner_path(sandbox),
+            router_path: self.path(sandbox, ROUTER_SUFFIX),
             home: Arc::clone(&self.home),
             nft: self.nft.clone(),
-            rules: Arc::clone(&self.router_rules),
+            rules: Arc::clone(rules),
         }
+    }
+
+    fn inner_path(&self, sandbox: &SandboxId) -> PathBuf {
+        self.path(sandbox, INNER_SUFFIX)
+    }
+
+    fn path(&self, sandbox: &SandboxId, suffix: &str) -> PathBuf {
+        self.config.netns_dir.join(format!("{sandbox}.{suffix}"))
     }
 
     fn exhausted(&self) -> NetworkError {

@@ -39,9 +39,10 @@ mod slots;
 mod sysctl;
 mod topology;
 
-pub use config::{InstanceName, NetworkConfig, default_denied_destinations, default_uplink_pool, parse_resolv_conf};
+pub use config::{
+    Egress, InstanceName, NetworkConfig, default_denied_destinations, default_uplink_pool, parse_resolv_conf,
+};
 pub use error::NetworkError;
-pub use host_check::Finding;
 pub use manager::NetworkManager;
 pub use sandbox::SandboxNetwork;
 pub use slot::{GATEWAY_ADDRESS, GUEST_ADDRESS};

@@ -1,7 +1,7 @@
 //! Just enough of the nf_tables netlink protocol to read a packet filter out of the kernel and to put it in again.
 //!
-//! Attributes are copied, not understood: what the kernel tells about a chain, a set or a rule is, but for a few fields,
-//! what it takes to make one.
+//! Attributes are copied, not understood: what the kernel tells about a chain, a set or a rule is, but for a few
+//! fields, what it takes to make one.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

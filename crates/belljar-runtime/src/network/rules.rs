@@ -17,7 +17,7 @@ use std::fmt::Write;
 
 use ipnet::Ipv4Net;
 
-use super::config::{InstanceName, NetworkConfig};
+use super::config::{Egress, InstanceName, NetworkConfig};
 use super::slot::{ANY_INSTANCE_PREFIX, GATEWAY_ADDRESS, GATEWAY_INTERFACE, GUEST_ADDRESS, UPLINK_INTERFACE};
 
 pub(super) const INSTANCE_TABLE_PREFIX: &str = "belljar_";
@@ -73,7 +73,6 @@ table inet {table} {{
     }}
     chain from_sandbox {{
         oifname "{ANY_INSTANCE_PREFIX}*" drop
-        ip daddr {pool} drop
         ip daddr @allowed_exceptions accept
         ip daddr @denied_destinations reject with icmp type admin-prohibited
     }}
@@ -91,8 +90,14 @@ table inet {table} {{
     )
 }
 
-/// One sandbox's router: replaced as a whole, in one transaction. The same for all sandboxes of an instance.
-pub(super) fn router_rules(config: &NetworkConfig) -> String {
+/// One sandbox's router: replaced as a whole, in one transaction. The same for all sandboxes of an instance with the
+/// same egress.
+pub(super) fn router_rules(config: &NetworkConfig, egress: Egress) -> String {
+    // The gateway's port of the name service stays as it is: without egress nobody listens there.
+    let world = match egress {
+        Egress::Internet => "jump guest_to_world",
+        Egress::Nothing => "reject with icmp type admin-prohibited",
+    };
     let pool = config.uplink_pool;
     let connections_max = config.connections_max;
     let sets = destination_sets(config);
@@ -137,7 +142,7 @@ table inet {ROUTER_TABLE} {{
 
     chain forward {{
         type filter hook forward priority filter; policy drop;
-        iifname "{GATEWAY_INTERFACE}" oifname "{UPLINK_INTERFACE}" jump guest_to_world
+        iifname "{GATEWAY_INTERFACE}" oifname "{UPLINK_INTERFACE}" {world}
         iifname "{UPLINK_INTERFACE}" oifname "{GATEWAY_INTERFACE}" ct state established,related accept
     }}
     # Destinations are checked on every packet, not only on a connection's first: a range that is closed later cuts
@@ -172,7 +177,8 @@ pub(super) fn guard_rules(interfaces: &[String]) -> String {
 add set inet {GUARD_TABLE} {GUARDED_SET} {{ type ifname; }}
 add chain inet {GUARD_TABLE} forward {{ type filter hook forward priority filter; policy accept; }}
 flush chain inet {GUARD_TABLE} forward
-add rule inet {GUARD_TABLE} forward meta nfproto ipv4 iifname @{GUARDED_SET} oifname != "{ANY_INSTANCE_PREFIX}*" ct state != {{ established, related }} drop
+add rule inet {GUARD_TABLE} forward meta nfproto ipv4 iifname @{GUARDED_SET} oifname != "{ANY_INSTANCE_PREFIX}*" \
+    ct state != {{ established, related }} drop
 "#
     );
     for interface in interfaces {
@@ -218,16 +224,20 @@ mod tests {
             allowed_exceptions: Vec::new(),
             ..config()
         };
-        let rules = router_rules(&config);
+        let rules = router_rules(&config, Egress::Internet);
         assert!(rules.contains("elements = { 10.0.0.0/8 }"), "{rules}");
         assert_eq!(rules.matches("elements").count(), 1, "{rules}");
     }
 
     #[test]
     fn exceptions_come_after_what_is_always_closed_and_before_what_is_closed_by_default() {
-        for rules in [router_rules(&config()), host_rules(&config(), "bj000000-")] {
+        let always_closed = [
+            (router_rules(&config(), Egress::Internet), "ip daddr 10.214.0.0/16 reject"),
+            (host_rules(&config(), "bj000000-"), r#"oifname "bj*" drop"#),
+        ];
+        for (rules, always_closed) in always_closed {
             let position = |text: &str| rules.find(text).unwrap_or_else(|| panic!("{text} is missing in {rules}"));
-            assert!(position("ip daddr 10.214.0.0/16") < position("ip daddr @allowed_exceptions"));
+            assert!(position(always_closed) < position("ip daddr @allowed_exceptions"));
             assert!(position("ip daddr @allowed_exceptions") < position("ip daddr @denied_destinations"));
         }
     }

@@ -1,9 +1,9 @@
 //! A packet filter that is installed many times: written as text, compiled once by nft, copied from then on.
 //!
-//! Running nft takes 3 ms on an idle machine and, being a new process, 10 to 20 ms on a busy one; handing the kernel what
-//! it once made of the text takes a tenth of a millisecond. So nft loads the text into a namespace that is thrown away,
-//! the result is read back, and every router gets a copy. Whether copies are faithful is checked when it is compiled;
-//! if a kernel's are not, nft is run each time instead.
+//! Running nft takes 3 ms on an idle machine and, being a new process, 10 to 20 ms on a busy one; handing the kernel
+//! what it once made of the text takes a tenth of a millisecond. So nft loads the text into a namespace that is thrown
+//! away, the result is read back, and every router gets a copy. Whether copies are faithful is checked when it is
+//! compiled; if a kernel's are not, nft is run each time instead.
 
 use std::io;
 
@@ -16,7 +16,8 @@ use super::nft::{Loading, Nft};
 const TABLE_NAME: u16 = 1;
 const CHAIN_ATTRIBUTES: [u16; 5] = [1, 3, 4, 5, 7]; // table, name, hook, policy, type
 const RULE_ATTRIBUTES: [u16; 4] = [1, 2, 4, 7]; // table, chain, expressions, user data
-const SET_ATTRIBUTES: [u16; 8] = [1, 2, 3, 4, 5, 8, 9, 13]; // table, name, flags, key type and size, policy, size, user data
+// Table, name, flags, key type and size, policy, size, user data.
+const SET_ATTRIBUTES: [u16; 8] = [1, 2, 3, 4, 5, 8, 9, 13];
 const SET_TABLE: u16 = 1;
 const SET_NAME: u16 = 2;
 const SET_ID: u16 = 10;
@@ -46,7 +47,7 @@ impl Ruleset {
         match copy {
             Ok(copy) if ruleset.compiled.as_ref() == Some(&copy) => {}
             outcome => {
-                tracing::warn!(error = ?outcome.err(), "this kernel's packet filters cannot be copied; nft will be run");
+                tracing::warn!(error = ?outcome.err(), "packet filters cannot be copied on this kernel; nft is run");
                 ruleset.compiled = None;
             }
         }
@@ -136,6 +137,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+    use crate::network::config::Egress;
     use crate::network::config::{InstanceName, NetworkConfig};
     use crate::network::rules::{ROUTER_TABLE, router_rules};
 
@@ -157,7 +159,7 @@ mod tests {
             allowed_exceptions: vec!["10.1.2.0/24".parse().expect("a network")],
             ..NetworkConfig::new(InstanceName::new("test").expect("a valid name"))
         };
-        router_rules(&config)
+        router_rules(&config, Egress::Internet)
     }
 
     fn listing(nft: &Nft) -> String {

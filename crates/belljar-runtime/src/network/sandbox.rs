@@ -47,17 +47,11 @@ impl SandboxNetwork {
         &self.uplink_interface
     }
 
-    /// Completes when the network is destroyed. Streams from [`connect`](Self::connect) do not notice by themselves:
-    /// whoever holds one drops it then, or its namespace stays until the peer's silence is noticed.
-    pub async fn closed(&self) {
-        self.stop.cancelled().await;
-    }
-
     /// A connection to a port in the guest, straight into its network stack: no address translation is on the way.
     ///
     /// # Errors
-    /// `ConnectionRefused` if nobody listens there, `TimedOut` if the guest does not answer (yet), `NotConnected` if the
-    /// network is destroyed meanwhile.
+    /// `ConnectionRefused` if nobody listens there, `TimedOut` if the guest does not answer (yet), `NotConnected` if
+    /// the network is destroyed meanwhile.
     pub async fn connect(&self, port: u16, limit: Duration) -> io::Result<TcpStream> {
         let connecting = async {
             let socket = self

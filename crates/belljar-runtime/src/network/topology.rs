@@ -89,20 +89,28 @@ pub(super) fn build(plan: &Plan, slot: &Slot, mtu: u32) -> Result<Namespace, Bui
     Ok(router)
 }
 
-/// Takes over what a server before this one built: fails unless all of it is there, and renews the packet filter, which
-/// may be an older version's. The calling thread is in the host's namespace.
+/// Takes over what a server before this one built, and renews the packet filter, which may be an older version's. The
+/// calling thread is in the host's namespace.
+///
+/// What is missing is [`NetworkError::Incomplete`], and nothing else is: the sandbox is given up for it.
 pub(super) fn adopt(plan: &Plan, slot: &Slot) -> Result<Namespace, NetworkError> {
     let missing = |missing| NetworkError::Incomplete { sandbox: plan.sandbox.clone(), missing };
+    let missing_if_absent = |part| {
+        move |error: NetworkError| match error.raw_os_error() {
+            Some(nix::libc::ENOENT | nix::libc::ENODEV) => missing(part),
+            _ => error,
+        }
+    };
     sysctl::write(&sysctl::interface_forwarding(&slot.interface), "1")
-        .map_err(|_| missing("its uplink on the host is gone"))?;
+        .map_err(missing_if_absent("its uplink on the host is gone"))?;
     let inner = Namespace::open(&plan.inner_path)?.ok_or_else(|| missing("its inner namespace is gone"))?;
     let router = Namespace::open(&plan.router_path)?.ok_or_else(|| missing("its router namespace is gone"))?;
     inner.enter()?;
-    Netlink::open()?.index(GUEST_INTERFACE).map_err(|_| missing("its guest interface is gone"))?;
+    Netlink::open()?.index(GUEST_INTERFACE).map_err(missing_if_absent("its guest interface is gone"))?;
     router.enter()?;
     let mut netlink = Netlink::open()?;
     for interface in [GATEWAY_INTERFACE, UPLINK_INTERFACE] {
-        netlink.index(interface).map_err(|_| missing("its router lacks an interface"))?;
+        netlink.index(interface).map_err(missing_if_absent("its router lacks an interface"))?;
     }
     let filter = plan.rules.replace(&plan.nft)?;
     prepare_router()?;
@@ -111,17 +119,12 @@ pub(super) fn adopt(plan: &Plan, slot: &Slot) -> Result<Namespace, NetworkError>
     Ok(router)
 }
 
-/// Gives the guest's end its address and routes (again). The calling thread is in the inner namespace.
-pub(super) fn reset_inner() -> Result<(), NetworkError> {
-    configure_inner(&mut Netlink::open()?)
-}
-
 /// Removes whatever is there, in an order that leaves a trace of it until the last step: a removal that was cut short
 /// can be found and repeated. The calling thread is in the host's namespace.
 pub(super) fn demolish(plan: &Plan) -> Result<(), NetworkError> {
     if let Some(router) = Namespace::open(&plan.router_path)? {
-        // By their ends in here: only these are surely this sandbox's. And explicitly, because the kernel takes its time
-        // with the interfaces of a namespace that nobody holds any more.
+        // By their ends in here: only these are surely this sandbox's. And explicitly, because the kernel takes its
+        // time with the interfaces of a namespace that nobody holds any more.
         router.enter()?;
         let mut netlink = Netlink::open()?;
         netlink.delete_own_links()?;
@@ -142,8 +145,8 @@ fn prepare_router() -> Result<(), NetworkError> {
     for scope in ["all", "default"] {
         sysctl::write_if_present(&format!("ipv6/conf/{scope}/disable_ipv6"), "1")?;
     }
-    // Also for ARP: without, a guest could announce a thousand neighbours, and so fill a table that the kernel has one of
-    // for all namespaces, the host's included.
+    // Also for ARP: without, a guest could announce a thousand neighbours, and so fill a table that the kernel has one
+    // of for all namespaces, the host's included.
     sysctl::write("ipv4/conf/all/rp_filter", "1")?;
     sysctl::write(sysctl::IP_FORWARD, "1")?;
     // Rejections are ICMP errors to the sandbox's own guest: nobody else is bothered by many.

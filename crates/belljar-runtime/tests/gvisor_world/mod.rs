@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use belljar_core::id::SandboxId;
 use belljar_core::limits::Resources;
-use belljar_runtime::cgroup::{CgroupTree, Hierarchy};
+use belljar_runtime::cgroup::{CgroupTree, Hierarchy, Usage};
 use belljar_runtime::disk::{ScratchDisk, ScratchDisks};
 use belljar_runtime::gvisor::{Gvisor, GvisorConfig, LaunchError, LaunchSpec, ReadOnlyMount, RunningSandbox};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -139,12 +139,14 @@ impl World {
                 source: self.place.directory.join("guest"),
                 destination: PathBuf::from("/.belljar"),
             }],
-            env: [("PATH".to_owned(), "/bin".to_owned())].into(),
-            annotations: Default::default(),
         };
         fs::create_dir_all(self.place.directory.join("guest")).expect("created");
         fs::write(self.place.directory.join("guest/greeting"), "from the host\n").expect("written");
         (spec, disk, cable)
+    }
+
+    pub(crate) fn usage(&self, id: &SandboxId) -> Usage {
+        self.cgroups.cgroup(id).usage().expect("counted")
     }
 
     pub(crate) async fn destroy(&self, id: &SandboxId) {
@@ -345,7 +347,7 @@ fn is_static(program: &Path) -> bool {
     (0..count).all(|number| kind(number).is_some_and(|kind| kind != INTERPRETER))
 }
 
-fn runsc() -> Option<PathBuf> {
+pub(crate) fn runsc() -> Option<PathBuf> {
     std::env::var_os("BELLJAR_RUNSC").map(PathBuf::from).or_else(|| on_path("runsc"))
 }
 

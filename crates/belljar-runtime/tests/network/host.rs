@@ -1,5 +1,6 @@
 //! What belljar does to a host, and finds in its way there.
 
+use belljar_runtime::host::Status;
 use belljar_runtime::network::{NetworkConfig, NetworkError, NetworkManager};
 
 use crate::world::{HOST, INTERNET, Listener, PRIVATE, PUBLIC, arrives, assert_closed, create, in_a_world, udp};
@@ -85,7 +86,10 @@ fn a_pool_the_host_lives_in_is_refused() {
         assert!(matches!(refused, Err(NetworkError::PoolOverlapsHost { .. })), "{refused:?}");
         assert_eq!(world.host.sh("nft list ruleset"), "");
         let findings = NetworkManager::check_host(&config).await;
-        assert!(findings.iter().any(|finding| !finding.ok && finding.what.contains("lan0")), "{findings:?}");
+        assert!(
+            findings.iter().any(|finding| finding.status != Status::Met && finding.what.contains("lan0")),
+            "{findings:?}"
+        );
     });
 }
 
@@ -94,7 +98,7 @@ fn a_host_without_a_way_out_is_found() {
     in_a_world(async |world| {
         world.host.sh("ip route del default");
         let findings = NetworkManager::check_host(&world.config("test")).await;
-        let bad: Vec<_> = findings.iter().filter(|finding| !finding.ok).collect();
+        let bad: Vec<_> = findings.iter().filter(|finding| finding.status != Status::Met).collect();
         assert_eq!(bad.len(), 1, "{findings:?}");
         assert!(bad[0].what.contains("default route"), "{bad:?}");
     });
@@ -105,7 +109,7 @@ fn a_firewall_in_the_way_is_found_and_the_remedy_mends_it() {
     in_a_world(async |world| {
         let config = world.config("test");
         let all_good = NetworkManager::check_host(&config).await;
-        assert!(all_good.iter().all(|finding| finding.ok), "{all_good:?}");
+        assert!(all_good.iter().all(|finding| finding.status == Status::Met), "{all_good:?}");
         assert_eq!(world.host.sh("nft list ruleset"), "", "a check must change nothing");
 
         let guest_reaches = async |manager: &NetworkManager| {
@@ -126,11 +130,11 @@ fn a_firewall_in_the_way_is_found_and_the_remedy_mends_it() {
 END");
         assert!(!guest_reaches(&manager).await);
         let findings = NetworkManager::check_host(&config).await;
-        let bad: Vec<_> = findings.iter().filter(|finding| !finding.ok).collect();
+        let bad: Vec<_> = findings.iter().filter(|finding| finding.status != Status::Met).collect();
         assert_eq!(bad.len(), 1, "{findings:?}");
         world.host.sh(bad[0].remedy.as_deref().expect("a remedy"));
         assert!(guest_reaches(&manager).await);
         let findings = NetworkManager::check_host(&config).await;
-        assert!(findings.iter().all(|finding| finding.ok), "{findings:?}");
+        assert!(findings.iter().all(|finding| finding.status == Status::Met), "{findings:?}");
     });
 }

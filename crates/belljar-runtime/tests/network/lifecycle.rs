@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use belljar_core::id::SandboxId;
-use belljar_runtime::network::{NetworkConfig, NetworkError, NetworkManager};
+use belljar_runtime::network::{Egress, NetworkConfig, NetworkError, NetworkManager};
 use futures::future::join_all;
 
 use crate::world::{
@@ -53,15 +53,15 @@ fn a_restarted_server_finds_its_networks() {
         let manager = world.manager().await;
         let network = create(&manager).await;
         let sandbox = network.sandbox_id().clone();
-        assert!(matches!(manager.adopt(&sandbox).await, Err(NetworkError::AlreadyExists { .. })));
-        assert!(matches!(manager.create(&sandbox).await, Err(NetworkError::AlreadyExists { .. })));
+        assert!(matches!(manager.adopt(&sandbox, Egress::Internet).await, Err(NetworkError::AlreadyExists { .. })));
+        assert!(matches!(manager.create(&sandbox, Egress::Internet).await, Err(NetworkError::AlreadyExists { .. })));
         drop((network, manager));
 
         answer_queries().await;
         let manager = world.manager().await;
         assert_eq!(manager.list_owned().await.expect("a list"), std::slice::from_ref(&sandbox));
-        assert!(matches!(manager.create(&sandbox).await, Err(NetworkError::AlreadyExists { .. })));
-        let network = manager.adopt(&sandbox).await.expect("adopted");
+        assert!(matches!(manager.create(&sandbox, Egress::Internet).await, Err(NetworkError::AlreadyExists { .. })));
+        let network = manager.adopt(&sandbox, Egress::Internet).await.expect("adopted");
         let guest = world.inner(&network);
         let in_guest = Listener::start(&guest).await;
         assert!(network.connect(in_guest.port, PATIENCE).await.is_ok());
@@ -109,7 +109,7 @@ fn whatever_half_exists_is_found_and_removed() {
 
             let manager = world.manager().await;
             assert_eq!(manager.list_owned().await.expect("a list"), std::slice::from_ref(&sandbox), "{damage}");
-            let adopted = manager.adopt(&sandbox).await;
+            let adopted = manager.adopt(&sandbox, Egress::Internet).await;
             assert!(matches!(adopted, Err(NetworkError::Incomplete { .. })), "{damage}: {adopted:?}");
             manager.destroy(&sandbox).await.expect(damage);
             assert_eq!(world.traces(), Vec::<String>::new(), "{damage}");
@@ -126,7 +126,7 @@ fn a_create_that_is_cancelled_can_be_destroyed() {
         for micros in (0..6000).step_by(400) {
             let sandbox = SandboxId::generate();
             let limit = Duration::from_micros(micros);
-            let _ = tokio::time::timeout(limit, manager.create(&sandbox)).await;
+            let _ = tokio::time::timeout(limit, manager.create(&sandbox, Egress::Internet)).await;
             manager.destroy(&sandbox).await.expect("destroyed");
             assert_eq!(world.traces(), Vec::<String>::new(), "cancelled after {limit:?}");
         }
@@ -141,9 +141,9 @@ fn a_create_that_fails_leaves_nothing() {
         let sandbox = SandboxId::generate();
         let in_the_way = world.directory.path().join(format!("test/{sandbox}.router"));
         std::fs::write(&in_the_way, "").expect("a file");
-        assert!(manager.create(&sandbox).await.is_err());
+        assert!(manager.create(&sandbox, Egress::Internet).await.is_err());
         assert_eq!(world.traces(), Vec::<String>::new());
-        assert!(manager.create(&sandbox).await.is_ok());
+        assert!(manager.create(&sandbox, Egress::Internet).await.is_ok());
     });
 }
 
@@ -162,7 +162,7 @@ fn instances_share_a_pool_until_it_is_used_up() {
         addresses.sort();
         addresses.dedup();
         assert_eq!(addresses.len(), 4);
-        let one_more = first.create(&SandboxId::generate()).await;
+        let one_more = first.create(&SandboxId::generate(), Egress::Internet).await;
         assert!(matches!(one_more, Err(NetworkError::PoolExhausted { .. })), "{one_more:?}");
         let listener = Listener::start(&world.internet).await;
         for network in &networks {

@@ -4,7 +4,8 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::path::Path;
 
-use belljar_runtime::network::{GATEWAY_ADDRESS, GUEST_ADDRESS, NetworkManager};
+use belljar_core::id::SandboxId;
+use belljar_runtime::network::{Egress, GATEWAY_ADDRESS, GUEST_ADDRESS, NetworkManager};
 use futures::future::join_all;
 
 use crate::world::{
@@ -29,6 +30,31 @@ fn the_internet_is_reached_and_sees_only_the_host() {
         assert!(pings(&guest, PUBLIC).await);
         // The host's way out has an MTU of 1400, and so has the guest's.
         assert!(guest.sh("ip link show eth0").contains("mtu 1400"));
+    });
+}
+
+#[test]
+fn without_egress_nothing_is_reached_and_the_server_still_gets_in() {
+    in_a_world(async |world| {
+        let manager = world.manager().await;
+        let network = manager.create(&SandboxId::generate(), Egress::Nothing).await.expect("a network");
+        let guest = world.inner(&network);
+        let listener = Listener::start(&world.internet).await;
+        for address in [INTERNET, PUBLIC] {
+            assert_closed(&guest, address, listener.port).await;
+        }
+        assert!(!pings(&guest, PUBLIC).await);
+        assert_closed(&guest, GATEWAY_ADDRESS, 53).await;
+        assert_eq!(listener.visitors(), []);
+
+        let inside = Listener::start(&guest).await;
+        network.connect(inside.port, PATIENCE).await.expect("the server's way in");
+
+        // A server started later closes it just the same.
+        let id = network.sandbox_id().clone();
+        drop(network);
+        let network = manager.adopt(&id, Egress::Nothing).await.expect("adopted");
+        assert_closed(&world.inner(&network), PUBLIC, listener.port).await;
     });
 }
 
@@ -240,30 +266,40 @@ fn ipv6_ends_at_loopback() {
         let addresses = guest.sh("cat /proc/net/if_inet6");
         assert!(addresses.lines().all(|line| line.ends_with("lo")), "{addresses}");
         assert_eq!(router.sh("cat /proc/net/if_inet6"), "");
-        // A guest that makes itself an address all the same talks to nobody, not even to a router that had one.
-        let addressed = |netns: &Netns, interface: &str, address: &str| {
+        // A guest that makes itself an address all the same talks to nobody: not to a router that had one, and, should
+        // that one let it, not by way of a host that forwards IPv6. Neighbours are set, as nobody answers for them.
+        let addressed = |netns: &Netns, interface: &str, address: &str, neighbour: (&str, &str)| {
+            let (neighbour, link_address) = neighbour;
             netns.sh(&format!(
                 "echo 0 > /proc/sys/net/ipv6/conf/all/disable_ipv6
                  echo 0 > /proc/sys/net/ipv6/conf/{interface}/disable_ipv6
-                 ip addr add {address}/64 dev {interface} nodad"
+                 ip addr add {address}/64 dev {interface} nodad
+                 ip neigh add {neighbour} lladdr {link_address} dev {interface}"
             ));
         };
-        addressed(&guest, "eth0", "fd00::2");
-        addressed(&router, "guest", "fd00::1");
-        let [gateway, own] = ["fd00::1", "fd00::2"].map(|address| address.parse::<Ipv6Addr>().expect("an address"));
-        let (from, at) = (udp(&guest, own, 0).await, udp(&router, gateway, 53).await);
-        assert!(!arrives(&from, (gateway, 53), &at).await);
+        let parsed = |address: &str| address.parse::<Ipv6Addr>().expect("an address");
+        addressed(&guest, "eth0", "fd00::2", ("fd00::1", "02:62:6a:00:07:01"));
+        addressed(&router, "guest", "fd00::1", ("fd00::2", "02:62:6a:00:07:02"));
+        let (from, at) = (udp(&guest, parsed("fd00::2"), 0).await, udp(&router, parsed("fd00::1"), 53).await);
+        assert!(!arrives(&from, ("fd00::1", 53), &at).await);
         router.sh("nft flush ruleset");
-        assert!(arrives(&from, (gateway, 53), &at).await);
-        // Nor to a host with one: by the host's filter alone, as the router's is gone.
-        let uplink = network.uplink_interface();
-        addressed(&router, "uplink", "fd01::2");
-        addressed(&world.host, uplink, "fd01::1");
-        let [host, own] = ["fd01::1", "fd01::2"].map(|address| address.parse::<Ipv6Addr>().expect("an address"));
-        let (from, at) = (udp(&router, own, 0).await, udp(&world.host, host, 7000).await);
-        assert!(!arrives(&from, (host, 7000), &at).await);
+        assert!(arrives(&from, ("fd00::1", 53), &at).await);
+
+        let link_address = |netns: &Netns| {
+            netns.sh("ip -br link show eth0").split_whitespace().nth(2).expect("a link address").to_owned()
+        };
+        let (of_host, of_internet) = (link_address(&world.host), link_address(&world.internet));
+        addressed(&router, "uplink", "fd01::2", ("fd01::1", "02:62:6a:01:07:01"));
+        addressed(&world.host, network.uplink_interface(), "fd01::1", ("fd01::2", "02:62:6a:01:07:02"));
+        addressed(&world.host, "eth0", "fd02::1", ("fd02::2", &of_internet));
+        addressed(&world.internet, "eth0", "fd02::2", ("fd02::1", &of_host));
+        world.host.sh("echo 1 > /proc/sys/net/ipv6/conf/all/forwarding");
+        router.sh("ip route add fd02::/64 via fd01::1");
+        let (from, at) =
+            (udp(&router, parsed("fd01::2"), 0).await, udp(&world.internet, parsed("fd02::2"), 7000).await);
+        assert!(!arrives(&from, ("fd02::2", 7000), &at).await);
         world.host.sh("nft flush ruleset");
-        assert!(arrives(&from, (host, 7000), &at).await);
+        assert!(arrives(&from, ("fd02::2", 7000), &at).await);
     });
 }
 

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use belljar_core::id::SandboxId;
 use belljar_runtime::network::{
-    GATEWAY_ADDRESS, GUEST_ADDRESS, InstanceName, NetworkConfig, NetworkManager, SandboxNetwork,
+    Egress, GATEWAY_ADDRESS, GUEST_ADDRESS, InstanceName, NetworkConfig, NetworkManager, SandboxNetwork,
 };
 use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -362,7 +362,7 @@ where
 }
 
 pub(crate) async fn create(manager: &NetworkManager) -> SandboxNetwork {
-    manager.create(&SandboxId::generate()).await.expect("a network")
+    manager.create(&SandboxId::generate(), Egress::Internet).await.expect("a network")
 }
 
 /// The kernel's interface to a sandbox and the addresses on its two ends.

@@ -235,7 +235,10 @@ pub(super) mod tests {
         }
 
         #[test]
-        fn nothing_an_upstream_sends_panics(bytes in proptest::collection::vec(any::<u8>(), 0..600), id in any::<u16>()) {
+        fn nothing_an_upstream_sends_panics(
+            bytes in proptest::collection::vec(any::<u8>(), 0..600),
+            id in any::<u16>(),
+        ) {
             let query = parse(&query_bytes(1, "example.org", 1));
             if query.is_answered_by(&bytes, id) {
                 prop_assert!(bytes.len() >= HEADER_BYTES);

@@ -33,7 +33,7 @@ const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 const ANSWER_BYTES_MAX: usize = u16::MAX as usize;
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Transport {
     Udp,
     Tcp,
@@ -143,13 +143,23 @@ impl Forwarder {
         }
     }
 
-    /// Asks the upstreams in turn, a lone one repeatedly, until one gives a conclusive answer.
+    /// Answers as well as the upstreams can, over the guest's transport; resolvers that know nothing of TCP are common,
+    /// and a short answer of theirs is better than none.
     async fn resolve(&self, query: &Query, transport: Transport) -> Vec<u8> {
+        let mut answer = self.ask(query, transport).await;
+        if answer.is_none() && transport == Transport::Tcp {
+            answer = self.ask(query, Transport::Udp).await;
+        }
+        answer.unwrap_or_else(|| query.response(ResponseCode::ServerFailure))
+    }
+
+    /// Asks the upstreams in turn, a lone one repeatedly, until one gives a conclusive answer.
+    async fn ask(&self, query: &Query, transport: Transport) -> Option<Vec<u8>> {
         let upstreams = self.upstreams.borrow().clone();
         let mut second_best = None;
         for (attempt, upstream) in upstreams.iter().cycle().take(ATTEMPTS_MAX).enumerate() {
             match timeout(ATTEMPT_TIMEOUT, exchange(query, *upstream, transport)).await {
-                Ok(Ok(answer)) if !is_inconclusive(&answer) => return answer,
+                Ok(Ok(answer)) if !is_inconclusive(&answer) => return Some(answer),
                 Ok(Ok(answer)) => {
                     second_best = Some(answer);
                     // Whoever answered would say the same again.
@@ -161,7 +171,7 @@ impl Forwarder {
                 Err(_) => tracing::debug!(%upstream, "DNS upstream did not answer in time"),
             }
         }
-        second_best.unwrap_or_else(|| query.response(ResponseCode::ServerFailure))
+        second_best
     }
 }
 

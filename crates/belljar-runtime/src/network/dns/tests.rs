@@ -194,6 +194,20 @@ async fn tcp_is_forwarded_over_tcp() {
 }
 
 #[tokio::test]
+async fn tcp_is_answered_even_if_the_upstream_knows_only_udp() {
+    let (upstream, address) = silent_upstream().await;
+    let forwarder = Running::start(vec![address], 4).await;
+    let mut stream = TcpStream::connect(forwarder.address).await.expect("connected");
+    write_framed(&mut stream, &query_bytes(7, "example.org", 1)).await.expect("sent");
+    let mut buffer = [0; 512];
+    let (length, from) = upstream.recv_from(&mut buffer).await.expect("the query, over UDP");
+    buffer[2] |= 0x80;
+    upstream.send_to(&buffer[..length], from).await.expect("sent");
+    let answer = read_framed(&mut stream, ANSWER_BYTES_MAX).await.expect("an answer");
+    assert_eq!(u16::from(answer[1]), 7);
+}
+
+#[tokio::test]
 async fn stopping_closes_the_sockets() {
     let forwarder = Running::start(vec![], 4).await;
     forwarder.stop.cancel();
