@@ -11,13 +11,18 @@
 //!
 //! What must not outlive a boot of the host is in `/run/belljar/INSTANCE/` instead.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+
+/// A server that was killed while it started a program lives on in that program's first moments, its locks with it.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// The state directory can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +57,9 @@ impl StateDir {
             builder.recursive(true).mode(0o700);
             builder.create(&directory).map_err(|source| StateDirError::Make { path: directory, source })?;
         }
+        // Also if it was there before: whoever can't enter it can't read what is below, whatever its modes are.
+        std::fs::set_permissions(root, Permissions::from_mode(0o700))
+            .map_err(|source| StateDirError::Make { path: root.to_owned(), source })?;
         Ok(state)
     }
 
@@ -59,11 +67,16 @@ impl StateDir {
     pub(crate) fn lock(&self) -> Result<Lock, StateDirError> {
         let path = self.root.join("lock");
         let failed = |source: io::Error| StateDirError::Lock { path: path.clone(), source };
-        let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => Ok(Lock { _file: file }),
-            Err((_, Errno::EWOULDBLOCK)) => Err(StateDirError::Locked(self.root.clone())),
-            Err((_, errno)) => Err(failed(errno.into())),
+        let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        loop {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(file) => return Ok(Lock { _file: file }),
+                Err((file, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file,
+                Err((_, Errno::EWOULDBLOCK)) => return Err(StateDirError::Locked(self.root.clone())),
+                Err((_, errno)) => return Err(failed(errno.into())),
+            };
+            std::thread::sleep(LOCK_RETRY);
         }
     }
 
@@ -91,7 +104,6 @@ impl StateDir {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn one_server_at_a_time() {
@@ -107,7 +119,9 @@ mod tests {
     fn nobody_but_the_owner_can_look_inside() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let root = directory.path().join("state");
-        StateDir::open(&root).expect("the directory can be made");
+        std::fs::create_dir(&root).expect("it can be there before");
+        std::fs::set_permissions(&root, Permissions::from_mode(0o755)).expect("and open to all");
+        StateDir::open(&root).expect("the directory can be used");
         let mode = std::fs::metadata(&root).expect("it is there").permissions().mode();
         assert_eq!(mode & 0o077, 0);
     }

@@ -26,8 +26,8 @@ pub enum StoreError {
     /// A row says something that this version can't read; it was written by another program or a newer version.
     #[error("the record of {what} can't be read: {why}")]
     Corrupt { what: String, why: String },
-    /// A transition was asked for that doesn't start where the record stands: somebody else moved it.
-    #[error("sandbox {id} was changed by somebody else")]
+    /// The record doesn't stand where the caller believes it to be.
+    #[error("sandbox {id} is not being created any more")]
     Conflict { id: String },
     #[error("{what} `{name}` already exists")]
     Exists { what: &'static str, name: String },
@@ -56,6 +56,16 @@ impl Store {
             .busy_timeout(Duration::from_secs(10));
         let pool = SqlitePoolOptions::new().max_connections(8).connect_with(options).await.map_err(StoreError::Open)?;
         sqlx::migrate!().run(&pool).await.map_err(StoreError::Migrate)?;
+        Ok(Self { pool })
+    }
+
+    /// Opens an existing database only to read it, beside a running server or without one; changes nothing.
+    ///
+    /// # Errors
+    /// If it isn't there or can't be opened.
+    pub async fn open_to_read(path: &Path) -> Result<Self, StoreError> {
+        let options = SqliteConnectOptions::new().filename(path).read_only(true).busy_timeout(Duration::from_secs(10));
+        let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await.map_err(StoreError::Open)?;
         Ok(Self { pool })
     }
 

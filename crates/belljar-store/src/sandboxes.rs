@@ -15,6 +15,9 @@ use crate::{Store, StoreError, corrupt, now_ms};
 /// How long an idempotency key is remembered.
 const IDEMPOTENCY_KEPT_MS: i64 = 24 * 3600 * 1000;
 
+/// How long the record of a sandbox that ended is kept.
+const ENDED_KEPT_MS: i64 = 30 * 24 * 3600 * 1000;
+
 /// Everything that must be known of a sandbox after a crash.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxRecord {
@@ -65,14 +68,7 @@ impl Store {
                     .fetch_optional(&mut *transaction)
                     .await?;
             if let Some(row) = known {
-                let known_hash: Vec<u8> = row.try_get("request_hash")?;
-                if known_hash != request_hash {
-                    return Ok(IdempotentInsert::Mismatch);
-                }
-                let id: String = row.try_get("sandbox_id")?;
-                return Ok(IdempotentInsert::Repeated(
-                    id.parse().map_err(|why| corrupt(format!("idempotency key {key}"), why))?,
-                ));
+                return earlier_request(&row, request_hash);
             }
         }
         insert(&mut transaction, record).await?;
@@ -92,24 +88,47 @@ impl Store {
         Ok(IdempotentInsert::Inserted)
     }
 
-    /// Moves a sandbox from one state to the next, if it still is where the caller believes it to be.
+    /// Records that a sandbox runs, and until when.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] if it isn't, or the database fails.
-    pub async fn move_sandbox(&self, id: &SandboxId, from: State, to: State) -> Result<(), StoreError> {
-        let (from_name, _) = state_columns(from);
-        let (to_name, to_reason) = state_columns(to);
-        let ended_ms = matches!(to, State::Ended(_)).then(now_ms);
-        let moved =
-            sqlx::query("UPDATE sandboxes SET state = ?, end_reason = ?, ended_ms = ? WHERE id = ? AND state = ?")
-                .bind(to_name)
-                .bind(to_reason)
-                .bind(ended_ms)
-                .bind(id.as_str())
-                .bind(from_name)
-                .execute(&self.pool)
-                .await?;
-        if moved.rows_affected() == 1 { Ok(()) } else { Err(StoreError::Conflict { id: id.to_string() }) }
+    /// [`StoreError::Conflict`] if it isn't being created, or the database fails.
+    pub async fn acknowledge_sandbox(&self, id: &SandboxId, deadline_ms: i64) -> Result<(), StoreError> {
+        let acknowledge = "UPDATE sandboxes SET state = 'running', deadline_ms = ?1 \
+                           WHERE id = ?2 AND (state = 'creating' OR (state = 'running' AND deadline_ms = ?1))";
+        let done = sqlx::query(acknowledge).bind(deadline_ms).bind(id.as_str()).execute(&self.pool).await?;
+        if done.rows_affected() == 1 { Ok(()) } else { Err(StoreError::Conflict { id: id.to_string() }) }
+    }
+
+    /// Records that a sandbox is to be torn down. The first reason stays.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn begin_end(&self, id: &SandboxId, reason: EndReason) -> Result<(), StoreError> {
+        sqlx::query(
+            "UPDATE sandboxes SET state = 'ending', end_reason = ? WHERE id = ? AND state IN ('creating', 'running')",
+        )
+        .bind(reason_name(reason))
+        .bind(id.as_str())
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Records that nothing of a sandbox is left, and forgets what nobody needs any more: its secrets.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn finish_end(&self, id: &SandboxId, reason: EndReason) -> Result<(), StoreError> {
+        sqlx::query(
+            "UPDATE sandboxes SET state = 'ended', end_reason = coalesce(end_reason, ?), ended_ms = ?, env = '{}', \
+             access_token = NULL WHERE id = ? AND state <> 'ended'",
+        )
+        .bind(reason_name(reason))
+        .bind(now_ms())
+        .bind(id.as_str())
+        .execute(&self.pool)
+        .await?;
+        Ok(())
     }
 
     /// # Errors
@@ -123,15 +142,21 @@ impl Store {
         Ok(())
     }
 
-    /// Every sandbox that may still hold something on the host, oldest first.
+    /// Every sandbox that may still hold something on the host, oldest first. A record that can't be read is logged and
+    /// left out: it must not keep the others from being found.
     ///
     /// # Errors
-    /// If the database fails or holds a record that can't be read.
+    /// If the database fails.
     pub async fn live_sandboxes(&self) -> Result<Vec<SandboxRecord>, StoreError> {
         let rows = sqlx::query("SELECT * FROM sandboxes WHERE state <> 'ended' ORDER BY started_ms, id")
             .fetch_all(&self.pool)
             .await?;
-        rows.iter().map(sandbox_from_row).collect()
+        let readable = |row: &SqliteRow| {
+            sandbox_from_row(row)
+                .inspect_err(|error| tracing::error!(error = error as &dyn std::error::Error, "a record is left out"))
+                .ok()
+        };
+        Ok(rows.iter().filter_map(readable).collect())
     }
 
     /// The record of a sandbox, ended ones too.
@@ -144,17 +169,59 @@ impl Store {
         row.as_ref().map(sandbox_from_row).transpose()
     }
 
-    /// Forgets idempotency keys that are older than a day.
+    /// Lets the idempotency key under which a sandbox was asked for be used again: nobody was given that sandbox.
     ///
     /// # Errors
     /// If the database fails.
-    pub async fn forget_old_idempotency_keys(&self) -> Result<(), StoreError> {
+    pub async fn release_idempotency_key(&self, id: &SandboxId) -> Result<(), StoreError> {
+        sqlx::query("DELETE FROM idempotency_keys WHERE sandbox_id = ?").bind(id.as_str()).execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// Forgets idempotency keys after a day, and sandboxes a month after their end.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn forget_what_is_old(&self) -> Result<(), StoreError> {
+        let now = now_ms();
         sqlx::query("DELETE FROM idempotency_keys WHERE created_ms < ?")
-            .bind(now_ms() - IDEMPOTENCY_KEPT_MS)
+            .bind(now - IDEMPOTENCY_KEPT_MS)
+            .execute(&self.pool)
+            .await?;
+        sqlx::query("DELETE FROM sandboxes WHERE state = 'ended' AND ended_ms < ?")
+            .bind(now - ENDED_KEPT_MS)
             .execute(&self.pool)
             .await?;
         Ok(())
     }
+
+    /// What became of an earlier request under this idempotency key; none if there was none.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn idempotent_request(
+        &self,
+        team_id: &TeamId,
+        key: &str,
+        request_hash: &[u8],
+    ) -> Result<Option<IdempotentInsert>, StoreError> {
+        let row = sqlx::query("SELECT request_hash, sandbox_id FROM idempotency_keys WHERE team_id = ? AND key = ?")
+            .bind(team_id.as_str())
+            .bind(key)
+            .fetch_optional(&self.pool)
+            .await?;
+        row.as_ref().map(|row| earlier_request(row, request_hash)).transpose()
+    }
+}
+
+fn earlier_request(row: &SqliteRow, request_hash: &[u8]) -> Result<IdempotentInsert, StoreError> {
+    let known_hash: Vec<u8> = row.try_get("request_hash")?;
+    if known_hash != request_hash {
+        return Ok(IdempotentInsert::Mismatch);
+    }
+    let id: String = row.try_get("sandbox_id")?;
+    let id = id.parse().map_err(|why| corrupt(format!("idempotency key of sandbox {id}"), why))?;
+    Ok(IdempotentInsert::Repeated(id))
 }
 
 async fn insert(transaction: &mut Transaction<'_, Sqlite>, record: &SandboxRecord) -> Result<(), StoreError> {
@@ -291,24 +358,58 @@ mod tests {
     #[tokio::test]
     async fn every_state_survives_the_database() {
         let (_directory, store, team) = store_with_team().await;
+        let state = async |id: &SandboxId| store.sandbox(id).await.expect("query").map(|record| record.state);
         for (reason, _) in REASONS {
             let record = record(&team);
             store.insert_sandbox(&record, None).await.expect("insert");
-            let ending = State::Ending(reason);
-            store.move_sandbox(&record.id, State::Creating, ending).await.expect("it is creating");
-            assert_eq!(store.sandbox(&record.id).await.expect("query").map(|r| r.state), Some(ending));
-            store.move_sandbox(&record.id, ending, State::Ended(reason)).await.expect("it is ending");
+            store.acknowledge_sandbox(&record.id, 3_000).await.expect("it is being created");
+            assert_eq!(state(&record.id).await, Some(State::Running));
+            store.begin_end(&record.id, reason).await.expect("update");
+            assert_eq!(state(&record.id).await, Some(State::Ending(reason)));
+            store.finish_end(&record.id, reason).await.expect("update");
+            assert_eq!(state(&record.id).await, Some(State::Ended(reason)));
         }
         assert!(store.live_sandboxes().await.expect("query").is_empty());
     }
 
     #[tokio::test]
-    async fn a_move_from_the_wrong_state_is_a_conflict() {
+    async fn an_end_keeps_its_first_reason_and_no_secrets() {
+        let (_directory, store, team) = store_with_team().await;
+        let mut record = record(&team);
+        record.env.insert("SECRET".into(), "hunter2".into());
+        store.insert_sandbox(&record, None).await.expect("insert");
+        store.begin_end(&record.id, EndReason::Killed).await.expect("update");
+        store.finish_end(&record.id, EndReason::Exited).await.expect("update");
+        let ended = store.sandbox(&record.id).await.expect("query").expect("it is kept");
+        assert_eq!(ended.state, State::Ended(EndReason::Killed));
+        assert_eq!((ended.access_token, ended.env), (None, BTreeMap::new()));
+    }
+
+    #[tokio::test]
+    async fn what_has_ended_can_not_be_acknowledged() {
         let (_directory, store, team) = store_with_team().await;
         let record = record(&team);
         store.insert_sandbox(&record, None).await.expect("insert");
-        let refused = store.move_sandbox(&record.id, State::Running, State::Ending(EndReason::Killed)).await;
+        store.acknowledge_sandbox(&record.id, 3_000).await.expect("it is being created");
+        store.acknowledge_sandbox(&record.id, 3_000).await.expect("an answer that was lost does no harm");
+        store.begin_end(&record.id, EndReason::Killed).await.expect("update");
+        let refused = store.acknowledge_sandbox(&record.id, 3_000).await;
         assert!(matches!(refused, Err(StoreError::Conflict { .. })));
+    }
+
+    #[tokio::test]
+    async fn an_unreadable_record_does_not_hide_the_others() {
+        let (_directory, store, team) = store_with_team().await;
+        let (damaged, sound) = (record(&team), record(&team));
+        for record in [&damaged, &sound] {
+            store.insert_sandbox(record, None).await.expect("insert");
+        }
+        sqlx::query("UPDATE sandboxes SET env = 'damaged' WHERE id = ?")
+            .bind(damaged.id.as_str())
+            .execute(&store.pool)
+            .await
+            .expect("update");
+        assert_eq!(store.live_sandboxes().await.expect("query"), vec![sound]);
     }
 
     #[tokio::test]
@@ -317,9 +418,14 @@ mod tests {
         let (first, second) = (record(&team), record(&team));
         let key = Some(("key", b"hash".as_slice()));
         assert_eq!(store.insert_sandbox(&first, key).await.expect("insert"), IdempotentInsert::Inserted);
-        assert_eq!(store.insert_sandbox(&second, key).await.expect("insert"), IdempotentInsert::Repeated(first.id));
+        assert_eq!(
+            store.insert_sandbox(&second, key).await.expect("insert"),
+            IdempotentInsert::Repeated(first.id.clone())
+        );
         let other = Some(("key", b"other".as_slice()));
         assert_eq!(store.insert_sandbox(&second, other).await.expect("insert"), IdempotentInsert::Mismatch);
         assert_eq!(store.live_sandboxes().await.expect("query").len(), 1);
+        store.release_idempotency_key(&first.id).await.expect("delete");
+        assert_eq!(store.insert_sandbox(&second, other).await.expect("insert"), IdempotentInsert::Inserted);
     }
 }

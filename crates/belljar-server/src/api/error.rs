@@ -9,7 +9,7 @@ use belljar_store::StoreError;
 use http::{HeaderValue, StatusCode, header};
 use tracing::error;
 
-use crate::lifecycle::{CreateError, Gone};
+use crate::lifecycle::{ChangeError, CreateError};
 
 /// An answer that isn't a success.
 #[derive(Debug)]
@@ -78,7 +78,10 @@ impl From<CreateError> for ApiError {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, refusal.to_string()).without_retry()
             }
             CreateError::Full(refusal) => Self::bad_request(refusal.to_string()),
-            CreateError::Stopping => Self::new(StatusCode::SERVICE_UNAVAILABLE, "The server is stopping"),
+            CreateError::Stopping | CreateError::Ended(_) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "The server is stopping")
+            }
+            CreateError::Busy => Self::new(StatusCode::SERVICE_UNAVAILABLE, failure.to_string()),
             CreateError::IdempotencyMismatch => Self::new(
                 StatusCode::CONFLICT,
                 "This Idempotency-Key was used with another request; use a new one for each",
@@ -96,8 +99,11 @@ impl From<CreateError> for ApiError {
     }
 }
 
-/// For handlers of one sandbox: its absence, told with its id.
-pub(super) fn not_found(id: &str) -> impl FnOnce(Gone) -> ApiError + use<> {
+/// For handlers of one sandbox: its absence, told with its id, and other failures.
+pub(super) fn of_sandbox<E: Into<ChangeError>>(id: &str) -> impl FnOnce(E) -> ApiError + use<E> {
     let id = id.to_owned();
-    move |Gone| ApiError::sandbox_not_found(&id)
+    move |failure| match failure.into() {
+        ChangeError::Gone => ApiError::sandbox_not_found(&id),
+        failure @ ChangeError::Store(_) => ApiError::internal(&failure),
+    }
 }

@@ -1,6 +1,7 @@
 //! Listing sandboxes: filters, order, pages.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{RawQuery, State};
@@ -41,7 +42,7 @@ pub(super) async fn list_v1(
     let mut query = Query::parse(query.as_deref().unwrap_or_default())?;
     query.limit = usize::MAX;
     let (page, _) = query.page(api.manager.list(&team_id));
-    Ok(Json(page.iter().map(listed).collect()))
+    Ok(Json(page.iter().map(|record| listed(record)).collect()))
 }
 
 pub(super) async fn list_v2(
@@ -59,7 +60,7 @@ pub(super) async fn list_v2(
             HeaderValue::from_str(&format!("{started_ms}_{id}")).expect("digits and an id are valid in a header");
         headers.insert("x-next-token", token);
     }
-    Ok((headers, Json(page.iter().map(listed).collect())))
+    Ok((headers, Json(page.iter().map(|record| listed(record)).collect())))
 }
 
 impl Query {
@@ -96,7 +97,7 @@ impl Query {
         Ok(query)
     }
 
-    fn page(&self, mut records: Vec<SandboxRecord>) -> (Vec<SandboxRecord>, Option<Cursor>) {
+    fn page(&self, mut records: Vec<Arc<SandboxRecord>>) -> (Vec<Arc<SandboxRecord>>, Option<Cursor>) {
         records.retain(|record| self.matches(record));
         records.sort_by(|a, b| (a.started_ms, &a.id).cmp(&(b.started_ms, &b.id)));
         if !self.ascending {
@@ -180,8 +181,8 @@ mod tests {
     use belljar_core::lifecycle::State;
     use belljar_core::limits::Resources;
 
-    fn record(started_ms: i64, metadata: &[(&str, &str)]) -> SandboxRecord {
-        SandboxRecord {
+    fn record(started_ms: i64, metadata: &[(&str, &str)]) -> Arc<SandboxRecord> {
+        Arc::new(SandboxRecord {
             id: SandboxId::generate(),
             team_id: TeamId::generate(),
             template_id: TemplateId::generate(),
@@ -195,7 +196,7 @@ mod tests {
             allow_internet_access: None,
             started_ms,
             deadline_ms: started_ms + 1,
-        }
+        })
     }
 
     #[test]

@@ -11,13 +11,14 @@ mod validation;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use belljar_core::limits::RequestLimits;
 use belljar_store::Store;
 use http::{Method, StatusCode};
+use tokio::sync::Semaphore;
 use tracing::Instrument;
 
 pub(crate) use error::ApiError;
@@ -32,7 +33,13 @@ pub(crate) struct Api {
     pub(crate) limits: RequestLimits,
     /// As handed to clients.
     pub(crate) domain: Arc<str>,
+    /// Places for requests under way.
+    pub(crate) places: Arc<Semaphore>,
 }
+
+/// Requests under way at once; one more is told to come back. Creates wait for their turn here, the rest takes
+/// milliseconds.
+pub(crate) const REQUESTS_UNDER_WAY: usize = 1024;
 
 /// All routes. What E2B has and belljar doesn't serve yet says so.
 pub(crate) fn router(api: Api) -> Router {
@@ -52,8 +59,20 @@ pub(crate) fn router(api: Api) -> Router {
         .fallback(async |method: Method, request: Request| {
             ApiError::new(StatusCode::NOT_FOUND, format!("there is no {method} {}", request.uri().path()))
         })
+        .layer(middleware::from_fn_with_state(api.clone(), admit))
         .layer(middleware::from_fn(trace))
         .with_state(api)
+}
+
+/// Turns requests away that there is no place for, at once: waiting would only make a crowd a longer queue.
+async fn admit(State(api): State<Api>, request: Request, next: Next) -> Response {
+    match api.places.try_acquire() {
+        Ok(_place) => next.run(request).await,
+        Err(_) => {
+            let message = "The server has too many requests under way; try again in a second";
+            ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).into_response()
+        }
+    }
 }
 
 /// Opens a span per request and notes how it ended.

@@ -18,7 +18,7 @@ use time::OffsetDateTime;
 
 use super::auth::Team;
 use super::body::JsonBody;
-use super::error::not_found;
+use super::error::of_sandbox;
 use super::{Api, ApiError, validation};
 use crate::lifecycle::{CreateRequest, Idempotency};
 
@@ -67,7 +67,7 @@ async fn create(
     let request = body.value;
     validation::new_sandbox(&request, &api.limits)?;
     let timeout = validation::timeout("timeout", request.timeout.unwrap_or(default_timeout_s), &api.limits)?;
-    let idempotency = idempotency(headers, &body.bytes)?;
+    let idempotency = idempotency(headers, secure, &body.bytes)?;
     let template = api.store.template_for_team(&request.template_id, &team_id).await?.ok_or_else(|| {
         ApiError::new(StatusCode::NOT_FOUND, format!("Template `{}` was not found", abbreviated(&request.template_id)))
     })?;
@@ -87,12 +87,14 @@ async fn create(
     Ok((StatusCode::CREATED, Json(sandbox(api, &record))))
 }
 
-fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<Idempotency>, ApiError> {
+/// The same body means something else to another version of the call, so what sets them apart is part of the hash.
+fn idempotency(headers: &HeaderMap, secure: bool, body: &[u8]) -> Result<Option<Idempotency>, ApiError> {
     let Some(value) = headers.get(IDEMPOTENCY_HEADER) else { return Ok(None) };
     let key = value.to_str().ok().filter(|key| (1..=IDEMPOTENCY_KEY_BYTES).contains(&key.len())).ok_or_else(|| {
         ApiError::bad_request(format!("Idempotency-Key takes 1 to {IDEMPOTENCY_KEY_BYTES} ASCII characters"))
     })?;
-    Ok(Some(Idempotency { key: key.to_owned(), request_hash: Sha256::digest(body).to_vec() }))
+    let request_hash = Sha256::new().chain_update([u8::from(secure)]).chain_update(body).finalize().to_vec();
+    Ok(Some(Idempotency { key: key.to_owned(), request_hash }))
 }
 
 /// Names from outside are repeated in messages, but not at any length.
@@ -122,7 +124,7 @@ pub(super) async fn connect_v2(
 ) -> Result<Json<Sandbox>, ApiError> {
     let sandbox_id = parse_id(&id)?;
     let timeout = validation::timeout("timeout", body.value.timeout.unwrap_or(TIMEOUT_V2_S), &api.limits)?;
-    let record = api.manager.set_timeout(&sandbox_id, &team_id, timeout, true).await.map_err(not_found(&id))?;
+    let record = api.manager.set_timeout(&sandbox_id, &team_id, timeout, true).await.map_err(of_sandbox(&id))?;
     Ok(Json(sandbox(&api, &record)))
 }
 
@@ -131,7 +133,7 @@ pub(super) async fn get(
     Team(team_id): Team,
     Path(id): Path<String>,
 ) -> Result<Json<SandboxDetail>, ApiError> {
-    let record = api.manager.get(&parse_id(&id)?, &team_id).map_err(not_found(&id))?;
+    let record = api.manager.get(&parse_id(&id)?, &team_id).map_err(of_sandbox(&id))?;
     Ok(Json(detail(&api, &record)))
 }
 
@@ -140,7 +142,7 @@ pub(super) async fn kill(
     Team(team_id): Team,
     Path(id): Path<String>,
 ) -> Result<StatusCode, ApiError> {
-    api.manager.kill(&parse_id(&id)?, &team_id).await.map_err(not_found(&id))?;
+    api.manager.kill(&parse_id(&id)?, &team_id).await.map_err(of_sandbox(&id))?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -152,7 +154,7 @@ pub(super) async fn set_timeout(
 ) -> Result<StatusCode, ApiError> {
     let sandbox_id = parse_id(&id)?;
     let timeout = validation::timeout("timeout", body.value.timeout, &api.limits)?;
-    api.manager.set_timeout(&sandbox_id, &team_id, timeout, false).await.map_err(not_found(&id))?;
+    api.manager.set_timeout(&sandbox_id, &team_id, timeout, false).await.map_err(of_sandbox(&id))?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -168,7 +170,7 @@ pub(super) async fn refresh(
         return Err(ApiError::bad_request(format!("`duration` must be from 0 to {LONGEST_REFRESH_S} seconds")));
     }
     let duration = Duration::from_secs(seconds.unsigned_abs());
-    api.manager.set_timeout(&sandbox_id, &team_id, duration, true).await.map_err(not_found(&id))?;
+    api.manager.set_timeout(&sandbox_id, &team_id, duration, true).await.map_err(of_sandbox(&id))?;
     Ok(StatusCode::NO_CONTENT)
 }
 

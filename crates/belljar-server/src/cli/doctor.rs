@@ -10,7 +10,6 @@ use serde_json::json;
 
 use super::output;
 use crate::config::Config;
-use crate::state_dir::StateDir;
 
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
@@ -22,7 +21,7 @@ pub(super) struct DoctorArgs {
 /// Exits with failure if anything is missing that sandboxes can't run without.
 pub(super) async fn doctor(config: &Config, args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let mut findings = host::check();
-    let _ = NetworkManager::check_host;
+    findings.extend(NetworkManager::check_host(&config.network.for_runtime(&config.instance)?).await);
     findings.push(engine(config));
     findings.push(template(config).await);
     let engine_choice = host::engine_choice();
@@ -71,12 +70,15 @@ fn engine(config: &Config) -> Finding {
 
 async fn template(config: &Config) -> Finding {
     let none = || Finding::advice("no template is built yet", "belljar template build base");
-    if !config.state_dir.join("belljar.db").is_file() {
-        return none();
+    match std::fs::metadata(config.state_dir.join("belljar.db")) {
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return none(),
+        Err(error) => {
+            return Finding::advice(format!("the templates can't be looked at: {error}"), "sudo belljar doctor");
+        }
     }
     let names = async {
-        let state = StateDir::open(&config.state_dir)?;
-        let store = belljar_store::Store::open(&state.database()).await?;
+        let store = belljar_store::Store::open_to_read(&config.state_dir.join("belljar.db")).await?;
         let names: Vec<String> = store.templates().await?.into_iter().map(|template| template.name).collect();
         anyhow::Ok(names)
     };

@@ -45,14 +45,17 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         metadata: Some([("belljar-run".to_owned(), args.file.display().to_string())].into()),
         ..NewSandbox::of(&args.template)
     };
-    let created = client.create(&request).await?;
-    let sandbox = client.sandbox(&created.sandbox_id, created.envd_access_token.as_deref());
+    // Listened for from here on, so that one that comes during the create is not lost: it is acted on right after.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let created = client.create(&request).await?;
+    let sandbox = client.sandbox(&created.sandbox_id, created.envd_access_token.as_deref());
     let outcome = tokio::select! {
         outcome = run_in(&sandbox, &args, content) => outcome,
         _ = interrupt.recv() => Ok(ExitCode::from(INTERRUPTED)),
         _ = terminate.recv() => Ok(ExitCode::from(INTERRUPTED)),
+        _ = hang_up.recv() => Ok(ExitCode::from(INTERRUPTED)),
     };
     remove(&client, &created.sandbox_id).await;
     outcome

@@ -18,8 +18,9 @@ use hyper_util::rt::TokioIo;
 use time::OffsetDateTime;
 
 /// A connection attempt made before the guest's network stack is up is lost without an answer, and the kernel would try
-/// again only after a second; so each attempt is short.
-const ATTEMPT: Duration = Duration::from_millis(50);
+/// again only after a second; so the first attempts are short. A machine too busy to answer in that time gets longer ones.
+const FIRST_ATTEMPT: Duration = Duration::from_millis(50);
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(1);
 const PAUSE_BETWEEN_ATTEMPTS: Duration = Duration::from_millis(2);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -54,12 +55,13 @@ pub(crate) async fn initialise(sandbox: &dyn RunningSandbox, identity: &Identity
 }
 
 async fn connect_patiently(sandbox: &dyn RunningSandbox) -> Result<tokio::net::TcpStream, AgentError> {
+    let mut attempt = FIRST_ATTEMPT;
     loop {
-        match tokio::time::timeout(ATTEMPT, sandbox.connect(ENVD_PORT)).await {
+        match tokio::time::timeout(attempt, sandbox.connect(ENVD_PORT)).await {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) if is_not_yet(&error) => {}
             Ok(Err(error)) => return Err(AgentError::Connect(error)),
-            Err(_) => {}
+            Err(_) => attempt = (attempt * 2).min(LONGEST_ATTEMPT),
         }
         tokio::time::sleep(PAUSE_BETWEEN_ATTEMPTS).await;
     }

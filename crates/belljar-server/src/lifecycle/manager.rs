@@ -11,16 +11,25 @@ use belljar_core::key::AccessToken;
 use belljar_core::lifecycle::{EndReason, State};
 use belljar_runtime::{RunningSandbox, Runtime, RuntimeError, SandboxSpec};
 use belljar_store::{IdempotentInsert, SandboxRecord, Store, StoreError, TemplateRecord, now_ms};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::agent::AgentError;
-use super::driver::{Beginning, Command, Driver};
+use super::driver::{Beginning, Command, Creation, Driver};
 
 /// Commands that may wait for one sandbox's driver.
 const COMMANDS_WAITING: usize = 16;
+
+/// Ends that may wait to be acted on by the proxy, which takes microseconds for each.
+const UNREACHABLE_WAITING: usize = 64;
+
+/// How long a create waits for its turn to start.
+const START_QUEUE_LIMIT: Duration = Duration::from_secs(30);
+
+/// After a driver broke off, before another one clears up behind it.
+const PAUSE_AFTER_PANIC: Duration = Duration::from_secs(1);
 
 /// How the lifecycle is set up.
 #[derive(Debug, Clone)]
@@ -34,7 +43,7 @@ pub(crate) struct Settings {
 /// What can be seen of a sandbox from outside its driver.
 #[derive(Debug, Clone)]
 pub(crate) struct View {
-    pub(crate) record: SandboxRecord,
+    pub(crate) record: Arc<SandboxRecord>,
     /// None before it runs and once it is to end.
     pub(crate) sandbox: Option<Arc<dyn RunningSandbox>>,
 }
@@ -43,6 +52,21 @@ pub(crate) struct View {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the sandbox was not found")]
 pub(crate) struct Gone;
+
+/// A running sandbox could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ChangeError {
+    #[error("the sandbox was not found")]
+    Gone,
+    #[error("the change could not be written down, so it was not made")]
+    Store(#[from] StoreError),
+}
+
+impl From<Gone> for ChangeError {
+    fn from(Gone: Gone) -> Self {
+        Self::Gone
+    }
+}
 
 /// A create that was asked for; everything in it has been checked.
 #[derive(Debug)]
@@ -71,6 +95,10 @@ pub(crate) enum CreateError {
     Full(#[from] Refusal),
     #[error("the server is stopping")]
     Stopping,
+    #[error("too many sandboxes are being started; none could begin within {} s", START_QUEUE_LIMIT.as_secs())]
+    Busy,
+    #[error("the sandbox was ended while it was being created: {0:?}")]
+    Ended(EndReason),
     #[error("the idempotency key was used with another request")]
     IdempotencyMismatch,
     #[error("the request under this idempotency key was answered before, and its sandbox is gone")]
@@ -106,6 +134,8 @@ pub(super) struct Shared {
     pub(super) settings: Settings,
     pub(super) starts: Semaphore,
     pub(super) stopping: CancellationToken,
+    /// Told of every sandbox that nothing may be sent to any more.
+    unreachable: mpsc::Sender<SandboxId>,
     registry: Mutex<HashMap<SandboxId, Handle>>,
     tasks: TaskTracker,
 }
@@ -117,47 +147,54 @@ pub(crate) struct Manager {
 }
 
 impl Manager {
-    pub(crate) fn new(store: Store, runtime: Arc<dyn Runtime>, settings: Settings) -> Self {
+    /// The receiver is told of each sandbox that becomes unreachable, so that connections to it can be cut: its end is
+    /// not something that its own network stack still announces.
+    pub(crate) fn new(
+        store: Store,
+        runtime: Arc<dyn Runtime>,
+        settings: Settings,
+    ) -> (Self, mpsc::Receiver<SandboxId>) {
         let starts = Semaphore::new(settings.concurrent_starts);
-        Self {
-            shared: Arc::new(Shared {
-                store,
-                runtime,
-                settings,
-                starts,
-                stopping: CancellationToken::new(),
-                registry: Mutex::default(),
-                tasks: TaskTracker::new(),
-            }),
-        }
+        let (unreachable, receiver) = mpsc::channel(UNREACHABLE_WAITING);
+        let shared = Shared {
+            store,
+            runtime,
+            settings,
+            starts,
+            stopping: CancellationToken::new(),
+            unreachable,
+            registry: Mutex::default(),
+            tasks: TaskTracker::new(),
+        };
+        (Self { shared: Arc::new(shared) }, receiver)
     }
 
     /// Creates a sandbox and returns its record once it runs.
     ///
     /// The work goes on in a task of its own, so a caller that hangs up leaves no half-made sandbox: it runs until its
     /// deadline, as with E2B.
-    pub(crate) async fn create(&self, request: CreateRequest) -> Result<SandboxRecord, CreateError> {
+    pub(crate) async fn create(&self, request: CreateRequest) -> Result<Arc<SandboxRecord>, CreateError> {
         let shared = Arc::clone(&self.shared);
         let task = self.shared.tasks.spawn(async move { shared.create(request).await });
         task.await.unwrap_or(Err(CreateError::Broken))
     }
 
     /// The running sandbox of that id, if it is the team's.
-    pub(crate) fn get(&self, id: &SandboxId, team_id: &TeamId) -> Result<SandboxRecord, Gone> {
+    pub(crate) fn get(&self, id: &SandboxId, team_id: &TeamId) -> Result<Arc<SandboxRecord>, Gone> {
         let view = self.shared.view(id).ok_or(Gone)?;
         let visible = view.record.state.is_visible() && view.record.team_id == *team_id;
         if visible { Ok(view.record) } else { Err(Gone) }
     }
 
     /// All running sandboxes of a team, in no order.
-    pub(crate) fn list(&self, team_id: &TeamId) -> Vec<SandboxRecord> {
+    pub(crate) fn list(&self, team_id: &TeamId) -> Vec<Arc<SandboxRecord>> {
         let registry = self.shared.registry();
         registry
             .values()
             .filter(|handle| handle.team_id == *team_id)
             .map(|handle| handle.view.borrow())
             .filter(|view| view.record.state.is_visible())
-            .map(|view| view.record.clone())
+            .map(|view| Arc::clone(&view.record))
             .collect()
     }
 
@@ -169,7 +206,7 @@ impl Manager {
     /// Ends a running sandbox of the team.
     pub(crate) async fn kill(&self, id: &SandboxId, team_id: &TeamId) -> Result<(), Gone> {
         self.get(id, team_id)?;
-        self.shared.command(id, |done| Command::End { reason: EndReason::Killed, done }).await
+        self.shared.command(id, |done| Command::End { reason: EndReason::Killed, done }).await.unwrap_or(Err(Gone))
     }
 
     /// Lets a running sandbox of the team end `timeout` from now; with `only_extend`, no sooner than it would have.
@@ -179,14 +216,17 @@ impl Manager {
         team_id: &TeamId,
         timeout: Duration,
         only_extend: bool,
-    ) -> Result<SandboxRecord, Gone> {
+    ) -> Result<Arc<SandboxRecord>, ChangeError> {
         self.get(id, team_id)?;
         let deadline_ms = deadline_after(timeout);
-        self.shared.command(id, |done| Command::SetDeadline { deadline_ms, only_extend, done }).await
+        let set = |done| Command::SetDeadline { deadline_ms, only_extend, done };
+        self.shared.command(id, set).await.unwrap_or(Err(ChangeError::Gone))
     }
 
-    /// Refuses creates from now on.
+    /// Refuses creates from now on, those that wait for their turn too.
     pub(crate) fn stop_accepting(&self) {
+        // Under the lock, so that no create passes the check after whoever stops has looked at what there is.
+        let _registry = self.shared.registry();
         self.shared.stopping.cancel();
     }
 
@@ -198,7 +238,7 @@ impl Manager {
         }
     }
 
-    /// Ends every sandbox; returns when all are gone.
+    /// Ends every sandbox; returns when all are gone. To be called after [`Self::stop_accepting`].
     pub(crate) async fn end_all(&self) {
         let ids: Vec<SandboxId> = self.shared.registry().keys().cloned().collect();
         let ends = ids.iter().map(|id| {
@@ -212,24 +252,25 @@ impl Manager {
 }
 
 impl Shared {
-    async fn create(self: Arc<Self>, request: CreateRequest) -> Result<SandboxRecord, CreateError> {
-        if self.stopping.is_cancelled() {
-            return Err(CreateError::Stopping);
+    async fn create(self: Arc<Self>, request: CreateRequest) -> Result<Arc<SandboxRecord>, CreateError> {
+        let idempotency = request.idempotency.as_ref().map(|given| (given.key.as_str(), given.request_hash.as_slice()));
+        if let Some((key, hash)) = idempotency {
+            // Before room is looked for: what was made once needs none.
+            let earlier =
+                self.store.idempotent_request(&request.team_id, key, hash).await.map_err(CreateError::Store)?;
+            if let Some(earlier) = earlier {
+                return self.repeat(earlier).await;
+            }
         }
         let record = new_record(&request);
         let id = record.id.clone();
         // Promise first, write second: a full server must refuse without touching the disk.
-        let (driver, _) = self.promise(record.clone())?;
-        let idempotency = request.idempotency.as_ref().map(|given| (given.key.as_str(), given.request_hash.as_slice()));
+        let driver = self.promise(record.clone())?;
         match self.store.insert_sandbox(&record, idempotency).await {
             Ok(IdempotentInsert::Inserted) => {}
-            Ok(IdempotentInsert::Repeated(first)) => {
+            Ok(earlier @ (IdempotentInsert::Repeated(_) | IdempotentInsert::Mismatch)) => {
                 self.forget(&id);
-                return self.wait_until_running(&first).await;
-            }
-            Ok(IdempotentInsert::Mismatch) => {
-                self.forget(&id);
-                return Err(CreateError::IdempotencyMismatch);
+                return self.repeat(earlier).await;
             }
             Err(error) => {
                 self.forget(&id);
@@ -238,13 +279,51 @@ impl Shared {
         }
         let (created, answer) = oneshot::channel();
         let TemplateRecord { user, workdir, .. } = request.template;
-        self.tasks.spawn(driver.run(Beginning::Create { created, user, workdir }));
+        self.start(driver, id, Beginning::Create(Creation { created, timeout: request.timeout, user, workdir }));
         answer.await.unwrap_or(Err(CreateError::Broken))
     }
 
+    /// Answers a request that came before.
+    async fn repeat(&self, earlier: IdempotentInsert) -> Result<Arc<SandboxRecord>, CreateError> {
+        match earlier {
+            IdempotentInsert::Repeated(first) => self.wait_until_running(&first).await,
+            IdempotentInsert::Mismatch | IdempotentInsert::Inserted => Err(CreateError::IdempotencyMismatch),
+        }
+    }
+
+    /// Runs a driver. If it breaks off, another one ends what it owned: a sandbox without a driver would never end.
+    fn start(self: &Arc<Self>, driver: Driver, id: SandboxId, beginning: Beginning) {
+        let shared = Arc::clone(self);
+        let running = self.tasks.spawn(driver.run(beginning));
+        self.tasks.spawn(async move {
+            if running.await.is_ok() {
+                return;
+            }
+            error!(sandbox_id = %id, "the sandbox's driver broke off; the sandbox is ended");
+            tokio::time::sleep(PAUSE_AFTER_PANIC).await;
+            match shared.store.sandbox(&id).await {
+                Ok(Some(record)) if record.state.may_hold_resources() => {
+                    shared.take_over(record, Beginning::End(EndReason::EngineFailed));
+                }
+                // Nobody knows it any more, so the next sweep removes what there is of it.
+                _ => shared.forget(&id),
+            }
+        });
+    }
+
+    /// A turn to start a sandbox.
+    pub(super) async fn turn_to_start(&self) -> Result<SemaphorePermit<'_>, CreateError> {
+        let turn = tokio::time::timeout(START_QUEUE_LIMIT, self.starts.acquire());
+        let turn = self.stopping.run_until_cancelled(turn).await.ok_or(CreateError::Stopping)?;
+        turn.map_err(|_| CreateError::Busy).map(|turn| turn.expect("the semaphore is never closed"))
+    }
+
     /// Enters a sandbox into the registry if there is room for it.
-    fn promise(self: &Arc<Self>, record: SandboxRecord) -> Result<(Driver, watch::Receiver<View>), Refusal> {
+    fn promise(self: &Arc<Self>, record: SandboxRecord) -> Result<Driver, CreateError> {
         let mut registry = self.registry();
+        if self.stopping.is_cancelled() {
+            return Err(CreateError::Stopping);
+        }
         let mut promised = Promised::default();
         for handle in registry.values() {
             promised.memory_mib += u64::from(handle.memory_mib);
@@ -257,30 +336,28 @@ impl Shared {
 
     /// Enters a sandbox that exists already, room or no room, and starts its driver.
     pub(super) fn take_over(self: &Arc<Self>, record: SandboxRecord, beginning: Beginning) {
-        let (driver, _) = self.enter(&mut self.registry(), record);
-        self.tasks.spawn(driver.run(beginning));
+        let id = record.id.clone();
+        let driver = self.enter(&mut self.registry(), record);
+        self.start(driver, id, beginning);
     }
 
-    fn enter(
-        self: &Arc<Self>,
-        registry: &mut HashMap<SandboxId, Handle>,
-        record: SandboxRecord,
-    ) -> (Driver, watch::Receiver<View>) {
+    fn enter(self: &Arc<Self>, registry: &mut HashMap<SandboxId, Handle>, record: SandboxRecord) -> Driver {
         let (commands, commands_rx) = mpsc::channel(COMMANDS_WAITING);
-        let (view_tx, view) = watch::channel(View { record: record.clone(), sandbox: None });
-        let handle = Handle {
-            team_id: record.team_id.clone(),
-            memory_mib: record.resources.memory_mib,
-            commands,
-            view: view.clone(),
-        };
+        let (view_tx, view) = watch::channel(View { record: Arc::new(record.clone()), sandbox: None });
+        let handle =
+            Handle { team_id: record.team_id.clone(), memory_mib: record.resources.memory_mib, commands, view };
         registry.insert(record.id.clone(), handle);
-        (Driver::new(Arc::clone(self), record, commands_rx, view_tx), view)
+        Driver::new(Arc::clone(self), record, commands_rx, view_tx)
     }
 
     /// Takes a sandbox of which nothing is left out of the registry.
     pub(super) fn forget(&self, id: &SandboxId) {
         self.registry().remove(id);
+    }
+
+    /// Has connections to a sandbox cut. Nobody listens once the server stops, and then there is nothing to cut.
+    pub(super) async fn cut_connections(&self, id: &SandboxId) {
+        let _ = self.unreachable.send(id.clone()).await;
     }
 
     pub(super) fn knows(&self, id: &SandboxId) -> bool {
@@ -291,18 +368,19 @@ impl Shared {
         self.registry().get(id).map(|handle| handle.view.borrow().clone())
     }
 
-    async fn command<T>(
+    /// Asks a driver; none if there is none, or it ends without an answer.
+    async fn command<Answer>(
         &self,
         id: &SandboxId,
-        command: impl FnOnce(oneshot::Sender<Result<T, Gone>>) -> Command,
-    ) -> Result<T, Gone> {
-        let commands = self.registry().get(id).map(|handle| handle.commands.clone()).ok_or(Gone)?;
+        command: impl FnOnce(oneshot::Sender<Answer>) -> Command,
+    ) -> Option<Answer> {
+        let commands = self.registry().get(id)?.commands.clone();
         let (done, answer) = oneshot::channel();
-        commands.send(command(done)).await.map_err(|_| Gone)?;
-        answer.await.unwrap_or(Err(Gone))
+        commands.send(command(done)).await.ok()?;
+        answer.await.ok()
     }
 
-    async fn wait_until_running(&self, id: &SandboxId) -> Result<SandboxRecord, CreateError> {
+    async fn wait_until_running(&self, id: &SandboxId) -> Result<Arc<SandboxRecord>, CreateError> {
         let mut view = self.registry().get(id).map(|handle| handle.view.clone()).ok_or(CreateError::IdempotentGone)?;
         let settled = view.wait_for(|view| view.record.state != State::Creating).await;
         let record = settled.map(|view| view.record.clone()).map_err(|_| CreateError::IdempotentGone)?;
@@ -343,6 +421,6 @@ fn new_record(request: &CreateRequest) -> SandboxRecord {
     }
 }
 
-fn deadline_after(timeout: Duration) -> i64 {
+pub(super) fn deadline_after(timeout: Duration) -> i64 {
     now_ms().saturating_add(i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX))
 }

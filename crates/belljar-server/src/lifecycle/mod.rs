@@ -19,4 +19,4 @@ mod driver;
 mod manager;
 mod recovery;
 
-pub(crate) use manager::{CreateError, CreateRequest, Gone, Idempotency, Manager, Settings};
+pub(crate) use manager::{ChangeError, CreateError, CreateRequest, Idempotency, Manager, Settings};

@@ -13,7 +13,7 @@ const SETTLE: Duration = Duration::from_secs(20);
 
 /// Names of what exists, by kind.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Census {
+pub(crate) struct Census {
     pub processes: BTreeSet<String>,
     pub mounts: BTreeSet<String>,
     pub interfaces: BTreeSet<String>,
@@ -24,7 +24,7 @@ pub struct Census {
 }
 
 impl Census {
-    pub fn take(state_dir: &Path, instance: &str) -> Self {
+    pub(crate) fn take(state_dir: &Path, instance: &str) -> Self {
         let state = state_dir.to_str().unwrap();
         let run_dir = Path::new("/run/belljar").join(instance);
         let network = NetworkConfig::new(InstanceName::new(instance).unwrap());
@@ -45,7 +45,7 @@ impl Census {
     }
 
     /// Waits until nothing is left, and fails with what is.
-    pub fn assert_empty(state_dir: &Path, instance: &str) {
+    pub(crate) fn assert_empty(state_dir: &Path, instance: &str) {
         let deadline = Instant::now() + SETTLE;
         loop {
             let census = Self::take(state_dir, instance);

@@ -1,6 +1,6 @@
 //! The server is killed without warning, and starts again: nothing acknowledged is lost, nothing is leaked.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rand::Rng;
 
@@ -57,6 +57,21 @@ async fn an_ordinary_stop_leaves_sandboxes_running() {
     assert_eq!(exit.code, 0);
 }
 
+/// How long a create and a kill take on this machine, so that the crashes fall within them.
+async fn durations(server: &Server) -> (Duration, Duration) {
+    let client = server.client();
+    let (mut create, mut kill) = (Duration::MAX, Duration::MAX);
+    for _ in 0..3 {
+        let started = Instant::now();
+        let sandbox = client.create(&base()).await.unwrap();
+        create = create.min(started.elapsed());
+        let started = Instant::now();
+        client.kill(&sandbox.sandbox_id).await.unwrap();
+        kill = kill.min(started.elapsed());
+    }
+    (create, kill)
+}
+
 /// Kills the server at moments spread over a create and over a kill. Whatever was acknowledged must be there afterwards,
 /// whatever was killed must be gone, and nothing may be left of anything else.
 #[tokio::test(flavor = "multi_thread")]
@@ -67,6 +82,7 @@ async fn crashes_at_moments_of_create_and_kill_lose_and_leak_nothing() {
     let mut random = <rand::rngs::StdRng as rand::SeedableRng>::seed_from_u64(seed);
     let mut server = Server::start_with(&[], &[]);
     let (mut during_create, mut during_kill) = (0, 0);
+    let (create_takes, kill_takes) = durations(&server).await;
 
     for moment in 0..MOMENTS {
         // The kept sandbox is acknowledged before; it must outlive whatever comes.
@@ -83,8 +99,8 @@ async fn crashes_at_moments_of_create_and_kill_lose_and_leak_nothing() {
                 client.kill(&doomed_id).await.map(|()| None)
             }
         });
-        let longest_ms = if is_create { 350 } else { 150 };
-        tokio::time::sleep(Duration::from_millis(random.random_range(0..longest_ms))).await;
+        let takes = if is_create { create_takes } else { kill_takes };
+        tokio::time::sleep(takes.mul_f64(random.random_range(0.0..0.9))).await;
         server.crash();
         let outcome = operation.await.unwrap();
         match (&outcome, is_create) {
@@ -112,5 +128,5 @@ async fn crashes_at_moments_of_create_and_kill_lose_and_leak_nothing() {
         server.assert_nothing_left();
     }
     println!("{MOMENTS} crashes: {during_create} during a create, {during_kill} during a kill");
-    assert!(during_create >= 2 && during_kill >= 1, "the crashes missed what they were to hit");
+    assert!(during_create > 0 && during_kill > 0, "the crashes missed what they were to hit");
 }

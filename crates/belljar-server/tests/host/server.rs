@@ -12,11 +12,11 @@ use nix::unistd::Pid;
 
 use crate::census::Census;
 
-pub const BELLJAR: &str = env!("CARGO_BIN_EXE_belljar");
+const BELLJAR: &str = env!("CARGO_BIN_EXE_belljar");
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// One server and all its sandboxes; both are gone when this is dropped.
-pub struct Server {
+pub(crate) struct Server {
     child: Child,
     pub address: String,
     pub key: String,
@@ -28,11 +28,11 @@ pub struct Server {
 
 impl Server {
     /// Starts a server that ends its sandboxes when it is told to stop.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::start_with(&["--kill-on-exit"], &[])
     }
 
-    pub fn start_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+    pub(crate) fn start_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let state_dir = PathBuf::from(
             std::env::var("BELLJAR_TEST_STATE_DIR").expect("BELLJAR_TEST_STATE_DIR is not set; `make test` sets it"),
         );
@@ -48,14 +48,14 @@ impl Server {
         server
     }
 
-    pub fn create_key(&self, team: &str) -> String {
+    pub(crate) fn create_key(&self, team: &str) -> String {
         let output = self.command(&["key", "create", "--team", team]);
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
     /// Runs `belljar` beside the server, as its operator and as its user.
-    pub fn command(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Output {
         let url = format!("http://{}", self.address);
         Command::new(BELLJAR)
             .args(arguments)
@@ -71,38 +71,38 @@ impl Server {
     }
 
     /// Ends the server as a crash does.
-    pub fn crash(&mut self) {
+    pub(crate) fn crash(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// Tells the server to stop, and waits until it has.
-    pub fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         kill(self.pid(), Signal::SIGTERM).unwrap();
         let status = self.child.wait().unwrap();
         assert!(status.success(), "the server ended with {status}");
     }
 
     /// Starts the server again after [`Self::crash`] or [`Self::stop`].
-    pub fn start_again(&mut self) {
+    pub(crate) fn start_again(&mut self) {
         self.child = spawn(&self.config, &self.state_dir, &self.instance, &self.address, &self.arguments, &[]);
         self.wait_until_ready();
     }
 
-    pub fn pid(&self) -> Pid {
+    pub(crate) fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap())
     }
 
-    pub fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         let url = format!("http://{}", self.address);
         Client::new(&url, &url, &self.key).unwrap()
     }
 
-    pub fn census(&self) -> Census {
+    pub(crate) fn census(&self) -> Census {
         Census::take(&self.state_dir, &self.instance)
     }
 
-    pub fn assert_nothing_left(&self) {
+    pub(crate) fn assert_nothing_left(&self) {
         Census::assert_empty(&self.state_dir, &self.instance);
     }
 
@@ -167,17 +167,17 @@ fn spawn(
 }
 
 /// A request for a base sandbox that lives for an hour.
-pub fn base() -> NewSandbox {
+pub(crate) fn base() -> NewSandbox {
     NewSandbox { timeout: Some(3600), ..NewSandbox::of("base") }
 }
 
 /// The way into a sandbox just created.
-pub fn inside(client: &Client, sandbox: &Sandbox) -> SandboxClient {
+pub(crate) fn inside(client: &Client, sandbox: &Sandbox) -> SandboxClient {
     client.sandbox(&sandbox.sandbox_id, sandbox.envd_access_token.as_deref())
 }
 
 /// Runs a line of shell in a sandbox; its exit and its standard output.
-pub async fn shell(
+pub(crate) async fn shell(
     sandbox: &SandboxClient,
     user: Option<&str>,
     line: &str,
