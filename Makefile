@@ -1,5 +1,5 @@
 # The project's toolbox; each target is a line, and CI calls the same ones.
-.PHONY: help demo test build setup lint clean
+.PHONY: help demo test bench build setup lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show these lines
@@ -8,6 +8,8 @@ demo: ## Install what is missing, build, start a server, and run a program throu
 	@scripts/demo
 test: ## Test everything: lint, unit tests, and E2B's own SDKs against a server (root)
 	@scripts/test
+bench: build ## Measure how long E2B's SDK waits for a sandbox and its first command (root)
+	@conformance/run bench
 build: ## Build target/release/belljar
 	@scripts/build
 setup: ## Install what building and testing needs and this machine lacks
