@@ -1,8 +1,8 @@
 //! Puts the agent into the server's binary.
 //!
-//! The agent is linked statically, which needs flags that no dependency of a crate can have, so it is built first (`make
-//! build` does) and found here: where `BELLJAR_AGENT_BIN` says, else where cargo puts it. Without it the server still
-//! compiles, for checks and unit tests, but refuses to start.
+//! The agent is linked statically, which needs flags that no dependency of a crate can have, so it is built first
+//! (`make build` does) and found here: where `BELLJAR_AGENT_BIN` says, else where cargo puts it. Without it the server
+//! still compiles, for checks and unit tests, but refuses to start.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};

@@ -251,7 +251,14 @@ fn connect(agent: &Agent) -> UnixStream {
     stream
 }
 
-/// The text of a refusal, after what came before it.
+/// A connection of which the broker is told who sends what.
+fn greeted(agent: &Agent) -> UnixStream {
+    let mut stream = connect(agent);
+    stream.read_exact(&mut [0; 5]).expect("a greeting");
+    stream
+}
+
+/// The text of a refusal.
 fn refusal(stream: &mut UnixStream) -> String {
     let mut answer = Vec::new();
     if let Err(error) = stream.read_to_end(&mut answer) {
@@ -291,24 +298,18 @@ async fn hostile_clients_get_nowhere() {
             (&[&length(9)[..], &[0, 0, 0, 0, 1, 0, 0, 0, 0]].concat(), 4, "unable to execute /usr/bin/sudo.distrib: "),
             (&[&length(9)[..], &[0; 9]].concat(), 4, "unable to execute /usr/bin/sudo.distrib: Not a directory"),
         ] {
-            let mut stream = connect(&agent);
+            let mut stream = greeted(&agent);
             send(&stream, bytes, files);
             // What follows is never read.
             let _ = stream.write(&[9; 100]);
             let refused = refusal(&mut stream);
             assert!(refused.starts_with(expected), "{bytes:?} with {files} files: {refused}");
         }
-        let stream = connect(&agent);
-        send(&stream, &length(1 << 20), 4);
-        drop(stream);
+        send(&greeted(&agent), &length(1 << 20), 4);
     }
     eventually("all files are closed again", || descriptors(&agent) <= before).await;
 
-    let mut idle: Vec<_> = (0..256).map(|_| connect(&agent)).collect();
-    // Each has been accepted when it has been greeted.
-    for stream in &mut idle {
-        stream.read_exact(&mut [0; 5]).expect("a greeting");
-    }
+    let idle: Vec<_> = (0..256).map(|_| greeted(&agent)).collect();
     assert!(refusal(&mut connect(&agent)).starts_with("256 commands run at a time"));
     drop(idle);
     eventually("there is room again", || {

@@ -73,8 +73,8 @@ impl KeyHash {
     }
 }
 
-/// The secret that opens one sandbox's agent. It is kept in the clear, because every answer about the sandbox repeats it
-/// to its owner.
+/// The secret that opens one sandbox's agent. It is kept in the clear, because every answer about the sandbox repeats
+/// it to its owner.
 #[derive(Clone, PartialEq, Eq)]
 pub struct AccessToken(String);
 

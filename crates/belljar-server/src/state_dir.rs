@@ -48,8 +48,8 @@ pub(crate) struct Lock {
 }
 
 impl StateDir {
-    /// Makes the directory and its parts if they aren't there. Only root can look inside: it holds access tokens and the
-    /// files of every sandbox.
+    /// Makes the directory and its parts if they aren't there. Only root can look inside: it holds access tokens and
+    /// the files of every sandbox.
     pub(crate) fn open(root: &Path) -> Result<Self, StateDirError> {
         let state = Self { root: root.to_owned() };
         for directory in [root.to_owned(), state.engine(), state.templates(), state.disks()] {

@@ -38,8 +38,8 @@ const END_LIMIT: Duration = Duration::from_secs(60);
 /// How long creates that had begun when the server was told to stop may go on after its last request.
 const LAST_STARTS: Duration = Duration::from_secs(5);
 
-/// Of the files that the process may have open, connections of clients take half, and the proxy's a quarter, two each; the
-/// rest is for sandboxes, their names' resolution and the database.
+/// Of the files that the process may have open, connections of clients take half, and the proxy's a quarter, two each;
+/// the rest is for sandboxes, their names' resolution and the database.
 const FILES_PER_CONNECTION: usize = 2;
 const FILES_PER_PROXIED_REQUEST: usize = 8;
 
@@ -170,8 +170,8 @@ async fn cut_connections(mut unreachable: mpsc::Receiver<SandboxId>, proxy: Prox
     }
 }
 
-/// Cancelled by the first SIGTERM or SIGINT. The second ends the process at once, as if it had crashed, which it is made
-/// to survive.
+/// Cancelled by the first SIGTERM or SIGINT. The second ends the process at once, as if it had crashed, which it is
+/// made to survive.
 fn stop_on_signal(manager: &Manager) -> anyhow::Result<CancellationToken> {
     let stop = CancellationToken::new();
     let (token, manager) = (stop.clone(), manager.clone());
@@ -195,8 +195,8 @@ fn stop_on_signal(manager: &Manager) -> anyhow::Result<CancellationToken> {
     Ok(stop)
 }
 
-/// A team, and a key if somebody is there to see it, where the database is new. Nobody sees what goes to a log, and a log
-/// is no place for a secret.
+/// A team, and a key if somebody is there to see it, where the database is new. Nobody sees what goes to a log, and a
+/// log is no place for a secret.
 async fn first_key(store: &Store) -> anyhow::Result<Option<ApiKey>> {
     if !store.teams().await?.is_empty() {
         return Ok(None);

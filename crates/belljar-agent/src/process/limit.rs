@@ -1,8 +1,8 @@
 //! The limit on the number of processes that holds even for the guest's root.
 //!
 //! gVisor exempts root from `RLIMIT_NPROC`, but not from a group of its own pids controller. The thread that forks all
-//! commands joins such a group, so they are born into it; the agent's other threads stay outside and can still serve and
-//! kill when the group is full. Root could undo this. Then the host's limit for the whole sandbox is what ends it.
+//! commands joins such a group, so they are born into it; the agent's other threads stay outside and can still serve
+//! and kill when the group is full. Root could undo this. Then the host's limit for the whole sandbox is what ends it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};

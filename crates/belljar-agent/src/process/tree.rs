@@ -48,7 +48,12 @@ pub(super) fn signal(leader: Pid, whom: Whom, signal: Signal) {
     let recipients = match whom {
         Whom::Leader => vec![number],
         Whom::Followers => followers(number, &scan()),
-        Whom::Everyone => members(number, &scan()),
+        Whom::Everyone => {
+            // A leader may notice that a child is stopped, and stop as well: nobody is to continue it too early.
+            let mut members = members(number, &scan());
+            members.sort_by_key(|pid| (*pid == number) == (signal == Signal::CONT));
+            members
+        }
     };
     for pid in recipients.into_iter().filter_map(Pid::from_raw) {
         // Ended in the meantime, then.

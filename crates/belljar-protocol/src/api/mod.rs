@@ -1,7 +1,7 @@
 //! The control plane's JSON, as E2B's `openapi.yml` and its SDK packages speak it.
 //!
-//! Requests refuse keys they don't know: a field that is dropped in silence is a promise broken in silence. Answers leave
-//! out what isn't set, because the SDKs' generated parsers fail on `null` where they expect an object.
+//! Requests refuse keys they don't know: a field that is dropped in silence is a promise broken in silence. Answers
+//! leave out what isn't set, because the SDKs' generated parsers fail on `null` where they expect an object.
 
 use std::collections::BTreeMap;
 

@@ -85,7 +85,8 @@ pub(crate) async fn build_and_publish(
         updated_ms: belljar_store::now_ms(),
     };
     let replaced = store.publish_template(&record).await?;
-    // A create that read the record a moment ago may still start from the build just replaced; the next build clears it.
+    // A create that read the record a moment ago may still start from the build just replaced; the next build clears
+    // it.
     remove_unused_builds(state, store, replaced).await?;
     Ok(Published { record, rootfs_bytes: metadata.rootfs_bytes, unchanged: false })
 }

@@ -1,7 +1,7 @@
 //! What the server says to the agent of a sandbox it has just started: is it up, and who it is.
 //!
-//! The agent runs among code that nobody trusts, so its answers are read as hostile: bounded in size and time, and never
-//! believed beyond «it answered».
+//! The agent runs among code that nobody trusts, so its answers are read as hostile: bounded in size and time, and
+//! never believed beyond «it answered».
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,7 +18,8 @@ use hyper_util::rt::TokioIo;
 use time::OffsetDateTime;
 
 /// A connection attempt made before the guest's network stack is up is lost without an answer, and the kernel would try
-/// again only after a second; so the first attempts are short. A machine too busy to answer in that time gets longer ones.
+/// again only after a second; so the first attempts are short. A machine too busy to answer in that time gets longer
+/// ones.
 const FIRST_ATTEMPT: Duration = Duration::from_millis(50);
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(1);
 const PAUSE_BETWEEN_ATTEMPTS: Duration = Duration::from_millis(2);

@@ -20,8 +20,8 @@ const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// The wall clock may be set while we sleep, so a far deadline is looked at again this often.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
-/// How long the end of a sandbox waits to be written down first. A database that can't be written must not keep a sandbox
-/// alive; a restart finds the record without its sandbox and comes to the same end.
+/// How long the end of a sandbox waits to be written down first. A database that can't be written must not keep a
+/// sandbox alive; a restart finds the record without its sandbox and comes to the same end.
 const PERSIST_END_LIMIT: Duration = Duration::from_secs(5);
 
 /// What may be asked of a driver. Each carries the way back for the answer.

@@ -8,10 +8,10 @@
 //! ```
 //!
 //! Invariants:
-//! - One [`driver`] task owns each sandbox from the moment its memory is promised to the moment all of it is freed; nobody
-//!   else changes it. The registry holds a sandbox exactly as long.
-//! - A state is persisted before it is acted on, and a caller is answered after. So whatever the record says after a crash
-//!   is either what the host has, or what [`recovery`] can bring about.
+//! - One [`driver`] task owns each sandbox from the moment its memory is promised to the moment all of it is freed;
+//!   nobody else changes it. The registry holds a sandbox exactly as long.
+//! - A state is persisted before it is acted on, and a caller is answered after. So whatever the record says after a
+//!   crash is either what the host has, or what [`recovery`] can bring about.
 //! - Requests only send commands and read views; one that is dropped half-way leaves nothing half done.
 
 mod agent;

@@ -1,9 +1,9 @@
 //! Finding everything again: after a restart, and ever after.
 //!
-//! A crash can leave a record without a sandbox, a sandbox without a server, and pieces of a sandbox without a record. The
-//! first two are settled at the start: before the first request is served every sandbox has its driver again, although
-//! one that has to end may still be ending. The third is looked for again and again, because the same sweep also catches
-//! what an unforeseen failure leaves behind.
+//! A crash can leave a record without a sandbox, a sandbox without a server, and pieces of a sandbox without a record.
+//! The first two are settled at the start: before the first request is served every sandbox has its driver again,
+//! although one that has to end may still be ending. The third is looked for again and again, because the same sweep
+//! also catches what an unforeseen failure leaves behind.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -78,8 +78,8 @@ impl Manager {
         }
     }
 
-    /// Puts right what the host changed, and removes what has no owner. What fails doesn't keep the rest from being done;
-    /// the next sweep tries again.
+    /// Puts right what the host changed, and removes what has no owner. What fails doesn't keep the rest from being
+    /// done; the next sweep tries again.
     async fn sweep(&self) {
         let failed = |what: &str, error: &(dyn std::error::Error + 'static)| warn!(error, "the sweep could not {what}");
         if let Err(error) = self.shared.runtime.reconcile().await {

@@ -72,8 +72,8 @@ async fn durations(server: &Server) -> (Duration, Duration) {
     (create, kill)
 }
 
-/// Kills the server at moments spread over a create and over a kill. Whatever was acknowledged must be there afterwards,
-/// whatever was killed must be gone, and nothing may be left of anything else.
+/// Kills the server at moments spread over a create and over a kill. Whatever was acknowledged must be there
+/// afterwards, whatever was killed must be gone, and nothing may be left of anything else.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs root and the base template"]
 async fn crashes_at_moments_of_create_and_kill_lose_and_leak_nothing() {

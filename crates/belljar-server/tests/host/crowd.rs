@@ -10,8 +10,8 @@ use crate::server::{Server, base};
 
 const CROWD: usize = 10_000;
 
-/// Ten thousand clients connect, ask, and stay. Each is answered or turned away within seconds, and right afterwards the
-/// API works as ever, although none of them has hung up.
+/// Ten thousand clients connect, ask, and stay. Each is answered or turned away within seconds, and right afterwards
+/// the API works as ever, although none of them has hung up.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs root and the base template"]
 async fn ten_thousand_connections_hang_nobody() {
