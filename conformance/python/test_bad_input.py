@@ -241,10 +241,15 @@ class TestConnections:
     )
     async def test_what_is_no_http(self, service, sent):
         reader, writer = await asyncio.open_connection(*service.listener)
-        writer.write(sent)
-        writer.write_eof()
-        # Whatever it says, it ends the connection.
-        await asyncio.wait_for(reader.read(), 30)
+        # Whatever it says, it ends the connection, perhaps while this side still sends.
+        try:
+            writer.write(sent)
+            writer.write_eof()
+            await asyncio.wait_for(reader.read(), 30)
+        except TimeoutError:
+            raise
+        except OSError:
+            pass
         writer.close()
 
     async def test_a_thousand_silent_connections(self, api, service):

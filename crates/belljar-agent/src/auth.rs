@@ -12,7 +12,9 @@
 //! server and the proxy treat every byte from here as a tenant's.
 
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -63,7 +65,17 @@ pub(crate) async fn require_token(
     if signed {
         return Err(HttpError::not_served("signed URLs are"));
     }
+    take_in(request.into_body()).await;
     Err(HttpError::unauthorized("unauthorized access, please provide a valid access token"))
+}
+
+/// Takes in what is still under way of a refused request, within bounds: a connection that is closed with something
+/// unread is reset, and the client may see that instead of the answer.
+async fn take_in(body: Body) {
+    const LARGEST_BYTES: usize = 256 << 10;
+    const LONGEST: Duration = Duration::from_secs(1);
+    // Whether it arrived whole, broke off or was too much makes no difference to the answer.
+    let _ = tokio::time::timeout(LONGEST, axum::body::to_bytes(body, LARGEST_BYTES)).await;
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ mod data_plane;
 mod lifecycle;
 mod serve;
 mod state_dir;
+mod unread;
 mod up;
 
 use std::process::ExitCode;

@@ -27,6 +27,8 @@ use tokio_util::task::TaskTracker;
 use tower::Service;
 use tracing::{debug, warn};
 
+use crate::unread::ReadToEnd;
+
 /// The longest a connection may go without a request, and the longest the head of a request may take.
 const IDLE: Duration = Duration::from_secs(75);
 const IDLE_WHEN_CROWDED: Duration = Duration::from_secs(1);
@@ -180,7 +182,7 @@ impl Connection {
 async fn answer(mut services: Services, peer: SocketAddr, request: Request<Incoming>) -> Response<Body> {
     let (parts, body) = request.into_parts();
     let target = services.proxy.route_of(&parts);
-    let request = Request::from_parts(parts, body);
+    let request = Request::from_parts(parts, ReadToEnd::new(body));
     match target {
         Some(target) => {
             let client = Client { address: peer, tls: false };
