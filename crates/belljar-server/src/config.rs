@@ -237,6 +237,26 @@ impl Config {
         Ok(config)
     }
 
+    /// Refuses variables that begin like a section's and name no key of it: most likely a typing error. Variables that
+    /// begin otherwise, such as `BELLJAR_LOG`, may be anybody's.
+    ///
+    /// # Errors
+    /// With the nearest key's variable.
+    pub(crate) fn refuse_unknown_variables(names: impl IntoIterator<Item = String>) -> Result<(), ConfigError> {
+        let known = Value::try_from(Self::default()).expect("the defaults have a TOML form");
+        let known = known.as_table().expect("the configuration is a table");
+        let sections: Vec<String> =
+            known.iter().filter(|(_, value)| value.is_table()).map(|(name, _)| variable(&format!("{name}."))).collect();
+        let keys: Vec<String> = all_keys(known, "").iter().map(|key| variable(key)).collect();
+        for name in names {
+            if sections.iter().any(|section| name.starts_with(section)) && !keys.contains(&name) {
+                let nearest = nearest_to(&name, &keys);
+                return Err(ConfigError::UnknownKey { origin: "the environment".into(), key: name, nearest });
+            }
+        }
+        Ok(())
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         let invalid = |key, why: &str| Err(ConfigError::Invalid { key, why: why.to_owned() });
         self.network.for_runtime(&self.instance)?;
@@ -292,16 +312,22 @@ fn all_keys(table: &Table, prefix: &str) -> Vec<String> {
         .collect()
 }
 
+fn nearest_to(name: &str, known: &[String]) -> String {
+    let likeness = |candidate: &String| strsim::jaro_winkler(candidate, name);
+    known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b))).cloned().unwrap_or_default()
+}
+
+/// The variable that overrides a key.
+fn variable(key: &str) -> String {
+    format!("BELLJAR_{}", key.replace('.', "_").to_uppercase())
+}
+
 fn refuse_unknown(given: &Table, known: &Table, prefix: &str, all: &[String], origin: &str) -> Result<(), ConfigError> {
     for (key, value) in given {
         let path = format!("{prefix}{key}");
         match (known.get(key), value) {
             (None, _) => {
-                let nearest = all
-                    .iter()
-                    .max_by(|a, b| strsim::jaro_winkler(a, &path).total_cmp(&strsim::jaro_winkler(b, &path)))
-                    .cloned()
-                    .unwrap_or_default();
+                let nearest = nearest_to(&path, all);
                 return Err(ConfigError::UnknownKey { origin: origin.to_owned(), key: path, nearest });
             }
             (Some(Value::Table(known)), Value::Table(given)) => {
@@ -321,7 +347,7 @@ fn overlay_environment(merged: &mut Table, known: &Table, prefix: &str, lookup: 
             if let Value::Table(table) = entry {
                 overlay_environment(table, inner, &format!("{path}."), lookup);
             }
-        } else if let Some(text) = lookup(&format!("BELLJAR_{}", path.replace('.', "_").to_uppercase())) {
+        } else if let Some(text) = lookup(&variable(&path)) {
             merged.insert(key.clone(), value_like(default, &text));
         }
     }
@@ -383,6 +409,16 @@ mod tests {
             error.to_string().ends_with("there is no key `server.listen_adress`; the nearest is `server.listen`"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_misspelt_variable_is_refused_with_the_nearest_one() {
+        let check = |name: &str| Config::refuse_unknown_variables([name.to_owned()]).map_err(|error| error.to_string());
+        let refusal = check("BELLJAR_SERVER_LISTENS").expect_err("there is no such key");
+        assert!(refusal.contains("BELLJAR_SERVER_LISTEN`"), "{refusal}");
+        for fine in ["BELLJAR_SERVER_LISTEN", "BELLJAR_STATE_DIR", "BELLJAR_LOG", "BELLJAR_TEST_STATE_DIR", "PATH"] {
+            assert_eq!(check(fine), Ok(()), "{fine}");
+        }
     }
 
     #[test]

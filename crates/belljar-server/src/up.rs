@@ -217,7 +217,10 @@ async fn announce(config: &Config, store: &Store) -> anyhow::Result<()> {
     println!("  export E2B_SANDBOX_URL={url}");
     match key {
         Some(key) => println!("  export E2B_API_KEY={}   # shown this once\n", key.reveal()),
-        None => println!("  export E2B_API_KEY=…   # `belljar key create` makes one\n"),
+        None => {
+            let state_dir = config.state_dir.display();
+            println!("  export E2B_API_KEY=…   # `belljar key create --state-dir {state_dir}` makes one\n");
+        }
     }
     if store.templates().await?.is_empty() {
         println!("There is no template yet, so no sandbox can be made. Build one:\n");

@@ -20,10 +20,10 @@ pub(super) struct Connection {
 
 impl Connection {
     pub(super) fn client(&self) -> anyhow::Result<Client> {
-        let key = self
-            .api_key
-            .as_deref()
-            .context("no API key: set E2B_API_KEY; `belljar key create`, as root on the server's machine, makes one")?;
+        let key =
+            self.api_key.as_deref().filter(|key| !key.is_empty()).context(
+                "no API key: set E2B_API_KEY; `belljar key create`, as root on the server's machine, makes one",
+            )?;
         Ok(Client::new(&self.api_url, self.sandbox_url.as_deref().unwrap_or(&self.api_url), key)?)
     }
 }

@@ -29,25 +29,21 @@ pub(super) async fn doctor(config: &Config, args: &DoctorArgs) -> anyhow::Result
     if args.json {
         output::json(&json!({"ready": ready, "engine": engine_choice, "findings": findings}))?;
     } else {
-        for finding in &findings {
-            print(finding);
-        }
-        println!("\nEngine: {engine_choice}.");
-        println!("{}", if ready { "This machine is ready." } else { "This machine is not ready yet." });
+        let verdict = if ready { "This machine is ready." } else { "This machine is not ready yet." };
+        let lines: String = findings.iter().map(line).collect();
+        output::text(&format!("{lines}\nEngine: {engine_choice}.\n{verdict}\n"))?;
     }
     Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn print(finding: &Finding) {
+fn line(finding: &Finding) -> String {
     let mark = match finding.status {
         Status::Met => "ok      ",
         Status::Advice => "advice  ",
         Status::Missing => "MISSING ",
     };
-    println!("  {mark} {}", finding.what);
-    if let Some(remedy) = &finding.remedy {
-        println!("           → {remedy}");
-    }
+    let remedy = finding.remedy.as_ref().map_or_else(String::new, |remedy| format!("           → {remedy}\n"));
+    format!("  {mark} {}\n{remedy}", finding.what)
 }
 
 fn engine(config: &Config) -> Finding {

@@ -58,7 +58,8 @@ enum Command {
     /// Create, list, use and kill sandboxes through a running server (needs E2B_API_KEY)
     #[command(subcommand)]
     Sandbox(sandbox::SandboxCommand),
-    /// Run a file in a fresh sandbox: its output, its exit code, gone afterwards (needs E2B_API_KEY)
+    /// Run a file in a fresh sandbox: its output, its exit code, gone afterwards; without standard input (needs
+    /// E2B_API_KEY)
     Run(run::RunArgs),
     /// Create, list and revoke API keys (root, on the server's machine)
     #[command(subcommand)]
@@ -108,6 +109,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
 
 impl Global {
     fn load(&self) -> anyhow::Result<Config> {
+        let variables = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+        Config::refuse_unknown_variables(variables)?;
         let mut config = Config::load(self.config.as_deref(), |name| std::env::var(name).ok())?;
         if let Some(directory) = &self.state_dir {
             config.state_dir = std::path::absolute(directory).context("--state-dir is not a path")?;

@@ -15,12 +15,17 @@ pub(crate) fn failure(failure: &anyhow::Error) {
     }
 }
 
+/// Prints text to standard output. A reader that has seen enough, as of `| head`, is no failure.
+pub(crate) fn text(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
 /// Prints a value as JSON.
 pub(crate) fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut stdout, value)?;
-    writeln!(stdout)?;
-    Ok(())
+    text(&(serde_json::to_string_pretty(value)? + "\n"))
 }
 
 /// Prints rows under a heading, each column as wide as its widest cell.
@@ -31,16 +36,16 @@ pub(crate) fn table<const COLUMNS: usize>(heading: [&str; COLUMNS], rows: &[[Str
             *width = (*width).max(cell.chars().count());
         }
     }
-    let mut stdout = std::io::stdout().lock();
     let line = |cells: [&str; COLUMNS]| {
         let padded: Vec<String> = cells.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         padded.join("  ").trim_end().to_owned()
     };
-    writeln!(stdout, "{}", line(heading))?;
+    let mut lines = line(heading) + "\n";
     for row in rows {
-        writeln!(stdout, "{}", line(std::array::from_fn(|column| row[column].as_str())))?;
+        lines += &line(std::array::from_fn(|column| row[column].as_str()));
+        lines.push('\n');
     }
-    Ok(())
+    text(&lines)
 }
 
 /// A moment as people read it.

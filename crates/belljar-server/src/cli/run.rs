@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use belljar_protocol::api::NewSandbox;
-use belljar_protocol::client::{Client, Command, SandboxClient, Stream};
+use belljar_protocol::client::{Client, ClientError, Command, SandboxClient, Stream};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -57,6 +57,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         _ = terminate.recv() => Ok(ExitCode::from(INTERRUPTED)),
         _ = hang_up.recv() => Ok(ExitCode::from(INTERRUPTED)),
     };
+    let outcome = explain(&client, &created.sandbox_id, outcome).await;
     remove(&client, &created.sandbox_id).await;
     outcome
 }
@@ -90,8 +91,22 @@ fn interpreter(file: &Path) -> Option<&'static str> {
 
 /// Whatever happened before, the sandbox goes; if even that fails, its deadline ends it.
 async fn remove(client: &Client, id: &str) {
-    if let Err(error) = client.kill(id).await {
-        eprintln!("The sandbox {id} could not be removed and stays until its deadline: {error}");
+    match client.kill(id).await {
+        // Its own deadline, or its end for another reason, came first.
+        Err(ClientError::Refused { status, .. }) if status.as_u16() == 404 => {}
+        Err(error) => eprintln!("The sandbox {id} could not be removed and stays until its deadline: {error}"),
+        Ok(()) => {}
+    }
+}
+
+/// A command that was cut off has a reason, and the sandbox's absence is the likeliest.
+pub(super) async fn explain(client: &Client, id: &str, outcome: anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
+    let Err(error) = outcome else { return outcome };
+    match client.get(id).await {
+        Err(ClientError::Refused { status, .. }) if status.as_u16() == 404 => Err(error.context(
+            "the sandbox ended meanwhile: killed, past its deadline, or out of memory; the server's log says which",
+        )),
+        _ => Err(error),
     }
 }
 

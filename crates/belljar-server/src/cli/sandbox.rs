@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 
 use super::client::Connection;
 use super::output;
-use super::run::stream_command;
+use super::run::{explain, stream_command};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum SandboxCommand {
@@ -17,7 +17,8 @@ pub(super) enum SandboxCommand {
     List(ListArgs),
     /// Create a sandbox and print its id
     Create(CreateArgs),
-    /// Run a command in a sandbox; its output and exit code become this command's
+    /// Run a command in a sandbox; its output and exit code become this command's. It gets no standard input, and goes
+    /// on if this is interrupted
     Exec(ExecArgs),
     /// Kill sandboxes
     Kill(KillArgs),
@@ -145,7 +146,7 @@ async fn exec(args: ExecArgs) -> anyhow::Result<ExitCode> {
         cwd: args.cwd,
         user: args.user,
     };
-    stream_command(&sandbox, &command).await
+    explain(&client, &args.id, stream_command(&sandbox, &command).await).await
 }
 
 async fn kill(args: &KillArgs) -> anyhow::Result<()> {
