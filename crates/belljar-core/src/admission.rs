@@ -1,7 +1,5 @@
 //! Whether the machine has room for one more sandbox: a pure decision over what has been promised.
 
-use serde::{Deserialize, Serialize};
-
 use crate::limits::Resources;
 
 /// What the machine may promise in all.
@@ -18,7 +16,7 @@ pub struct Capacity {
 }
 
 /// What is promised at the moment.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Promised {
     pub memory_mib: u64,
     pub sandboxes: u32,

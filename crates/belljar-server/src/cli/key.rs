@@ -6,7 +6,7 @@ use belljar_store::{KeyRecord, Store, TeamRecord};
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::{open_store, output};
+use super::{ListArgs, open_store, output};
 use crate::config::Config;
 use crate::up::FIRST_TEAM;
 
@@ -28,13 +28,6 @@ pub(super) struct CreateArgs {
     /// The team it opens; made if there is none of that name
     #[arg(long, default_value = FIRST_TEAM)]
     team: String,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(super) struct ListArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,

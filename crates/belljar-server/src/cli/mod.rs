@@ -79,6 +79,14 @@ struct UpArgs {
     kill_on_exit: bool,
 }
 
+/// What every listing of the server's own state takes.
+#[derive(Debug, Args)]
+struct ListArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
 /// Parses the command line and does what it says.
 pub(crate) fn run() -> ExitCode {
     let cli = Cli::parse();

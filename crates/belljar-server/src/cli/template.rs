@@ -8,7 +8,7 @@ use belljar_runtime::image::{BuildOptions, Progress};
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::{open_store, output};
+use super::{ListArgs, open_store, output};
 use crate::builder;
 use crate::config::Config;
 
@@ -29,13 +29,6 @@ pub(super) struct BuildArgs {
     #[arg(long)]
     force: bool,
     /// Print the result as JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(super) struct ListArgs {
-    /// Print JSON
     #[arg(long)]
     json: bool,
 }
